@@ -1,0 +1,1 @@
+//! Drives handoff with transport, track, capture and restore.

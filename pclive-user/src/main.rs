@@ -1,0 +1,2 @@
+//! The `pclive` command.
+fn main() {}

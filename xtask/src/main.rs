@@ -1,0 +1,2 @@
+//! `cargo xtask setup|run|test|bench|vm`.
+fn main() {}
