@@ -39,8 +39,8 @@ pub struct Process {
     pub vmas: Vec<Vma>,
     /// Threads; the first is the leader (`tid == pid`).
     pub threads: Vec<Thread>,
-    /// What only a frozen process has.
-    pub state: Option<ProcessState>,
+    /// What only a frozen process has. Boxed, so that a peer's list of empty processes costs little memory to decode.
+    pub state: Option<Box<ProcessState>>,
 }
 
 /// What `PR_SET_MM_MAP` sets: see `struct prctl_mm_map` in `linux/prctl.h` (Linux 3.18).
@@ -144,8 +144,8 @@ pub enum SpecialMapping {
 pub struct Thread {
     /// Thread id in the container's pid namespace.
     pub tid: NsPid,
-    /// What only a stopped thread shows.
-    pub state: Option<ThreadState>,
+    /// What only a stopped thread shows. Boxed for the same reason as [`Process::state`].
+    pub state: Option<Box<ThreadState>>,
 }
 
 /// A stopped thread.
