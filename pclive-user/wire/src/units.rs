@@ -21,7 +21,7 @@ impl VirtAddr {
 
     /// Whether the address is a multiple of the page size.
     pub fn is_page_aligned(self) -> bool {
-        self.0 % PAGE_SIZE == 0
+        self.0.is_multiple_of(PAGE_SIZE)
     }
 
     /// The address `bytes` further up.

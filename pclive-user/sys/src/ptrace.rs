@@ -1,0 +1,360 @@
+//! Stopping, reading and steering threads with `ptrace(2)`.
+//!
+//! The kernel lets only the thread that attached make requests, so a [`Tracee`] cannot move to another thread. When that
+//! thread dies, the kernel detaches every tracee and lets it run: a killed pclive leaves a running container behind.
+
+use crate::{Error, Result, check};
+use pclive_wire::manifest::{Registers, Rseq};
+use pclive_wire::{HostPid, VirtAddr};
+use std::marker::PhantomData;
+
+/// `ERESTARTSYS` … `ERESTART_RESTARTBLOCK`: kernel-internal results of an interrupted call (`include/linux/errno.h`),
+/// visible only to a tracer.
+const RESTART_CODES: [i64; 4] = [-512, -513, -514, -516];
+
+const _: () = assert!(size_of::<libc::user_regs_struct>() == size_of::<Registers>());
+
+/// The register set of the extended state (`linux/elf.h`), which libc lacks.
+const NT_X86_XSTATE: i32 = 0x202;
+/// `PTRACE_GET_RSEQ_CONFIGURATION` of `linux/ptrace.h`, which libc lacks.
+const GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+
+/// `struct ptrace_rseq_configuration`.
+#[repr(C)]
+#[derive(Default)]
+struct RseqConfiguration {
+    pointer: u64,
+    size: u32,
+    signature: u32,
+    flags: u32,
+    pad: u32,
+}
+
+const _: () = assert!(size_of::<RseqConfiguration>() == 24);
+
+/// What became of a tracee when it was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// `PTRACE_EVENT_STOP`: by [`Tracee::interrupt`], a group stop, or the first stop of an auto-attached child.
+    Trap,
+    /// About to receive this signal.
+    Signal(i32),
+    /// Entry to or exit from a system call.
+    Syscall,
+    /// `PTRACE_EVENT_*` other than a stop (clone, exec …).
+    Event(i32),
+    /// The thread is gone: exit status as `wait(2)` gives it.
+    Gone(i32),
+}
+
+/// Options for [`Tracee::seize`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seize {
+    /// A thread of the container at the source: only its own stops matter.
+    Source,
+    /// A process of the skeleton: its children and threads are attached before they run, and die with pclive.
+    Skeleton,
+}
+
+/// A thread attached with `PTRACE_SEIZE` (Linux 3.4).
+#[derive(Debug)]
+pub struct Tracee {
+    tid: HostPid,
+    /// Requests are valid from the attaching thread only.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Tracee {
+    /// Attaches to a running thread without stopping it. Its seccomp filter is suspended for injected calls where the
+    /// kernel allows that (`PTRACE_O_SUSPEND_SECCOMP`, Linux 4.3, `CAP_SYS_ADMIN`).
+    pub fn seize(tid: HostPid, purpose: Seize) -> Result<Self> {
+        let mut options = libc::PTRACE_O_TRACESYSGOOD;
+        if purpose == Seize::Skeleton {
+            options |= libc::PTRACE_O_TRACECLONE
+                | libc::PTRACE_O_TRACEFORK
+                | libc::PTRACE_O_TRACEVFORK
+                | libc::PTRACE_O_TRACEEXEC
+                | libc::PTRACE_O_EXITKILL;
+        }
+        let with_seccomp = options | libc::PTRACE_O_SUSPEND_SECCOMP;
+        request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, with_seccomp as usize)
+            .or_else(|_| request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize))?;
+        Ok(Self::attached(tid))
+    }
+
+    /// A thread that the kernel attached by itself because its creator is traced.
+    pub fn auto_attached(tid: HostPid) -> Self {
+        Self::attached(tid)
+    }
+
+    fn attached(tid: HostPid) -> Self {
+        Self { tid, _not_send: PhantomData }
+    }
+
+    /// The thread, as this host numbers it.
+    pub fn tid(&self) -> HostPid {
+        self.tid
+    }
+
+    /// Asks the thread to stop; [`Tracee::wait_trap`] tells when it has.
+    pub fn interrupt(&self) -> Result<()> {
+        request("PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
+    }
+
+    /// Waits for the next stop or the end of the thread.
+    pub fn wait(&self) -> Result<Stop> {
+        let mut status = 0;
+        loop {
+            // SAFETY: `status` is a valid place for the result.
+            let got = unsafe { libc::waitpid(self.tid.0, &mut status, libc::__WALL) };
+            match check("waitpid", self.tid, got.into()) {
+                Ok(_) => return Ok(classify(status)),
+                Err(e) if e.errno() == Some(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Waits until the thread has stopped after [`Tracee::interrupt`]. Signals that arrive meanwhile are delivered, and
+    /// the interrupt is asked for again, because any stop uses it up.
+    pub fn wait_trap(&self) -> Result<()> {
+        loop {
+            match self.wait()? {
+                Stop::Trap => return Ok(()),
+                Stop::Signal(signal) => {
+                    self.interrupt()?;
+                    self.resume(signal)?;
+                }
+                Stop::Syscall | Stop::Event(_) => {
+                    self.interrupt()?;
+                    self.resume(0)?;
+                }
+                Stop::Gone(_) => return Err(Error::Gone(self.tid)),
+            }
+        }
+    }
+
+    /// Lets the thread run on, delivering `signal` if not 0.
+    pub fn resume(&self, signal: i32) -> Result<()> {
+        request("PTRACE_CONT", libc::PTRACE_CONT, self.tid, 0, signal as usize).map(drop)
+    }
+
+    /// Lets the thread run on to the next entry to or exit from a system call.
+    pub fn resume_to_syscall(&self) -> Result<()> {
+        request("PTRACE_SYSCALL", libc::PTRACE_SYSCALL, self.tid, 0, 0).map(drop)
+    }
+
+    /// Ends the attachment; the thread runs on.
+    pub fn detach(self) -> Result<()> {
+        request("PTRACE_DETACH", libc::PTRACE_DETACH, self.tid, 0, 0).map(drop)
+    }
+
+    /// General registers of the stopped thread.
+    pub fn registers(&self) -> Result<Registers> {
+        let mut raw = [0u8; size_of::<Registers>()];
+        self.get_regset(libc::NT_PRSTATUS, &mut raw)?;
+        Ok(decode_registers(&raw))
+    }
+
+    /// Sets the general registers of the stopped thread.
+    pub fn set_registers(&self, registers: &Registers) -> Result<()> {
+        self.set_regset(libc::NT_PRSTATUS, &mut encode_registers(registers))
+    }
+
+    /// The extended state (`NT_X86_XSTATE`): x87, SSE, AVX and whatever else the CPU has, verbatim.
+    pub fn xstate(&self) -> Result<Vec<u8>> {
+        let mut buffer = vec![0u8; 32 * 1024];
+        let len = self.get_regset(NT_X86_XSTATE, &mut buffer)?;
+        buffer.truncate(len);
+        Ok(buffer)
+    }
+
+    /// Sets the extended state. `EINVAL` or `EFAULT` if the size or the features are not this CPU's.
+    pub fn set_xstate(&self, xstate: &[u8]) -> Result<()> {
+        self.set_regset(NT_X86_XSTATE, &mut xstate.to_vec())
+    }
+
+    /// Blocked signals (`PTRACE_GETSIGMASK`, Linux 3.11).
+    pub fn signal_mask(&self) -> Result<u64> {
+        let mut mask = 0u64;
+        request("PTRACE_GETSIGMASK", libc::PTRACE_GETSIGMASK, self.tid, 8, (&raw mut mask) as usize)?;
+        Ok(mask)
+    }
+
+    /// Sets the blocked signals.
+    pub fn set_signal_mask(&self, mask: u64) -> Result<()> {
+        request("PTRACE_SETSIGMASK", libc::PTRACE_SETSIGMASK, self.tid, 8, (&raw const mask) as usize)
+            .map(drop)
+    }
+
+    /// Pending signals as raw `siginfo_t`s: the whole process's if `shared`, else this thread's
+    /// (`PTRACE_PEEKSIGINFO`, Linux 3.10).
+    pub fn pending_signals(&self, shared: bool) -> Result<Vec<Vec<u8>>> {
+        const BATCH: usize = 32;
+        let mut pending = Vec::new();
+        loop {
+            let args = libc::ptrace_peeksiginfo_args {
+                off: pending.len() as u64,
+                flags: if shared { libc::PTRACE_PEEKSIGINFO_SHARED } else { 0 },
+                nr: BATCH as i32,
+            };
+            let mut batch = [[0u8; SIGINFO_SIZE]; BATCH];
+            let got = request(
+                "PTRACE_PEEKSIGINFO",
+                libc::PTRACE_PEEKSIGINFO,
+                self.tid,
+                (&raw const args) as usize,
+                (&raw mut batch) as usize,
+            )?;
+            pending.extend(batch[..got as usize].iter().map(|info| info.to_vec()));
+            if (got as usize) < BATCH {
+                return Ok(pending);
+            }
+        }
+    }
+
+    /// The thread's restartable-sequences registration, if it has one (Linux 5.13).
+    pub fn rseq(&self) -> Result<Option<Rseq>> {
+        let mut raw = RseqConfiguration::default();
+        let (size, place) = (size_of_val(&raw), (&raw mut raw) as usize);
+        request("PTRACE_GET_RSEQ_CONFIGURATION", GET_RSEQ_CONFIGURATION, self.tid, size, place)?;
+        Ok((raw.pointer != 0).then_some(Rseq {
+            address: VirtAddr(raw.pointer),
+            size: raw.size,
+            signature: raw.signature,
+            flags: raw.flags,
+        }))
+    }
+
+    /// The host's id of the process or thread that a clone event announced.
+    pub fn event_message(&self) -> Result<u64> {
+        let mut message = 0u64;
+        request("PTRACE_GETEVENTMSG", libc::PTRACE_GETEVENTMSG, self.tid, 0, (&raw mut message) as usize)?;
+        Ok(message)
+    }
+
+    fn get_regset(&self, set: i32, buffer: &mut [u8]) -> Result<usize> {
+        let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        request("PTRACE_GETREGSET", libc::PTRACE_GETREGSET, self.tid, set as usize, (&raw mut iov) as usize)?;
+        Ok(iov.iov_len)
+    }
+
+    fn set_regset(&self, set: i32, buffer: &mut [u8]) -> Result<()> {
+        let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        request("PTRACE_SETREGSET", libc::PTRACE_SETREGSET, self.tid, set as usize, (&raw mut iov) as usize)
+            .map(drop)
+    }
+}
+
+/// Bytes in a `siginfo_t`.
+pub const SIGINFO_SIZE: usize = 128;
+const _: () = assert!(size_of::<libc::siginfo_t>() == SIGINFO_SIZE);
+
+/// Registers with which a stopped thread, taken elsewhere, goes on as if it had never been stopped.
+///
+/// A thread stopped inside a system call shows the kernel's restart code. Where it was stopped the kernel itself restarts
+/// the call; elsewhere it is done here by pointing back at the `syscall` instruction. `ERESTART_RESTARTBLOCK` calls
+/// (`nanosleep`, `poll`, `futex` with a timeout) are made again with their original arguments: they may wait longer than
+/// asked, which POSIX allows, but do not fail with an `EINTR` that the program would never have seen.
+pub fn restartable(mut registers: Registers) -> Registers {
+    const SYSCALL_INSTRUCTION_LEN: u64 = 2;
+    if registers.orig_rax as i64 >= 0 && RESTART_CODES.contains(&(registers.rax as i64)) {
+        registers.rax = registers.orig_rax;
+        registers.rip -= SYSCALL_INSTRUCTION_LEN;
+    }
+    registers.orig_rax = u64::MAX;
+    registers
+}
+
+fn classify(status: i32) -> Stop {
+    if !libc::WIFSTOPPED(status) {
+        return Stop::Gone(status);
+    }
+    let signal = libc::WSTOPSIG(status);
+    match status >> 16 {
+        libc::PTRACE_EVENT_STOP => Stop::Trap,
+        0 if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
+        0 => Stop::Signal(signal),
+        event => Stop::Event(event),
+    }
+}
+
+fn request(name: &'static str, request: libc::c_uint, tid: HostPid, addr: usize, data: usize) -> Result<i64> {
+    // SAFETY: every caller in this module passes, where the request takes a pointer, one to a live value of the size that
+    // the request reads or writes; the kernel touches no other memory of ours.
+    let result = unsafe { libc::ptrace(request, tid.0, addr, data) };
+    check(name, tid, result)
+}
+
+fn encode_registers(r: &Registers) -> [u8; size_of::<Registers>()] {
+    let words = [
+        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi,
+        r.rdi, r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
+    ];
+    let mut raw = [0u8; size_of::<Registers>()];
+    for (bytes, word) in raw.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    raw
+}
+
+fn decode_registers(raw: &[u8; size_of::<Registers>()]) -> Registers {
+    let mut words =
+        raw.chunks_exact(8).map(|bytes| u64::from_ne_bytes(bytes.try_into().expect("chunks of 8")));
+    let mut next = || words.next().expect("one word for each register");
+    Registers {
+        r15: next(),
+        r14: next(),
+        r13: next(),
+        r12: next(),
+        rbp: next(),
+        rbx: next(),
+        r11: next(),
+        r10: next(),
+        r9: next(),
+        r8: next(),
+        rax: next(),
+        rcx: next(),
+        rdx: next(),
+        rsi: next(),
+        rdi: next(),
+        orig_rax: next(),
+        rip: next(),
+        cs: next(),
+        eflags: next(),
+        rsp: next(),
+        ss: next(),
+        fs_base: next(),
+        gs_base: next(),
+        ds: next(),
+        es: next(),
+        fs: next(),
+        gs: next(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_survive_encoding() {
+        let registers = Registers { r15: 1, rip: 2, gs: 3, orig_rax: u64::MAX, ..Registers::default() };
+        assert_eq!(decode_registers(&encode_registers(&registers)), registers);
+    }
+
+    #[test]
+    fn interrupted_calls_are_made_again_and_finished_ones_are_not() {
+        let stopped = |rax: i64, orig_rax: i64| Registers {
+            rax: rax as u64,
+            orig_rax: orig_rax as u64,
+            rip: 100,
+            ..Registers::default()
+        };
+        let restarted = restartable(stopped(-512, 7));
+        assert_eq!((restarted.rax, restarted.rip, restarted.orig_rax), (7, 98, u64::MAX));
+        assert_eq!(restartable(stopped(-516, 35)).rax, 35);
+        assert_eq!(restartable(stopped(-4, 7)).rip, 100, "EINTR is a result that the program sees");
+        assert_eq!(restartable(stopped(-512, -1)).rip, 100, "not in a system call");
+    }
+}

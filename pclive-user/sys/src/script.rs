@@ -1,0 +1,616 @@
+//! Scripts: arrays of system calls that a stopped process makes by itself, at full speed.
+//!
+//! One ptrace round trip for each call costs tens of microseconds. So one call is injected ([`Borrowed::call`]) to map an
+//! [`Arena`] into the process; a position-independent interpreter of a few dozen instructions is put there together with
+//! the calls and their data, runs all of them, and traps once. An argument may be the result of an earlier call or a word
+//! that an earlier call stored, and each call says what it must return; the first that does otherwise ends the script and
+//! is named in the error.
+//!
+//! ```text
+//! arena:  interpreter │ data (strings, structs, room for results) │ call 0 │ call 1 │ … │ stack
+//! call:   number, 6 arguments, result, expectation, expected value, 2 links
+//! ```
+
+use crate::mem::ProcessMemory;
+use crate::ptrace::{Stop, Tracee};
+use crate::{Error, Result};
+use nix::errno::Errno;
+use pclive_wire::manifest::Registers;
+use pclive_wire::{PageRange, VirtAddr};
+
+/// Everything except SIGTRAP, which ends a script: the kernel resets the handler of a trap that is blocked.
+const ALL_BUT_SIGTRAP: u64 = !(1 << (libc::SIGTRAP - 1));
+
+/// Where data begins: the interpreter must fit before.
+const DATA_OFFSET: usize = 256;
+const CALL_SIZE: usize = 96;
+/// Bytes at the end of an arena that serve as the interpreter's stack.
+const STACK_SIZE: usize = 256;
+
+// The interpreter: rbx = current call, r12 = calls left, r13 = arena. `syscall` clobbers rax, rcx and r11 only. A link is
+// (source offset in the arena | 1 << 31 for a 32-bit word, argument index); source 0 means none.
+std::arch::global_asm!(
+    r#"
+    .pushsection .rodata.pclive_interpreter,"a",@progbits
+    .globl pclive_interpreter_start
+    .globl pclive_interpreter_end
+    .p2align 4
+pclive_interpreter_start:
+2:  test r12, r12
+    jz 9f
+    mov edi, dword ptr [rbx + 80]
+    mov esi, dword ptr [rbx + 84]
+    call 7f
+    mov edi, dword ptr [rbx + 88]
+    mov esi, dword ptr [rbx + 92]
+    call 7f
+    mov rax, [rbx]
+    mov rdi, [rbx + 8]
+    mov rsi, [rbx + 16]
+    mov rdx, [rbx + 24]
+    mov r10, [rbx + 32]
+    mov r8, [rbx + 40]
+    mov r9, [rbx + 48]
+    syscall
+    mov [rbx + 56], rax
+    mov rcx, [rbx + 64]
+    cmp rcx, 1
+    jb 4f
+    je 3f
+    cmp rax, [rbx + 72]
+    jne 9f
+    jmp 4f
+3:  cmp rax, -4095
+    jae 9f
+4:  add rbx, 96
+    dec r12
+    jmp 2b
+7:  test edi, edi
+    jz 8f
+    btr edi, 31
+    jc 6f
+    mov rax, [r13 + rdi]
+    mov [rbx + rsi * 8 + 8], rax
+    ret
+6:  movsxd rax, dword ptr [r13 + rdi]
+    mov [rbx + rsi * 8 + 8], rax
+8:  ret
+9:  int3
+pclive_interpreter_end:
+    .popsection
+    "#
+);
+
+unsafe extern "C" {
+    static pclive_interpreter_start: u8;
+    static pclive_interpreter_end: u8;
+}
+
+fn interpreter() -> &'static [u8] {
+    let (start, end) = (&raw const pclive_interpreter_start, &raw const pclive_interpreter_end);
+    // SAFETY: both symbols delimit the same constant blob, defined above.
+    unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) }
+}
+
+/// What a call must return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Anything: the caller looks at the result.
+    Any,
+    /// No error.
+    Success,
+    /// Exactly this.
+    Exactly(u64),
+}
+
+/// An argument of a call.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg {
+    /// A number.
+    Value(u64),
+    /// The address of data in the arena.
+    Data(DataRef),
+    /// What an earlier call returned.
+    Result(CallRef),
+    /// A 32-bit word (a file descriptor, say) that an earlier call stored in the data, at this byte offset.
+    Word(DataRef, usize),
+}
+
+impl From<u64> for Arg {
+    fn from(value: u64) -> Self {
+        Self::Value(value)
+    }
+}
+
+impl From<i32> for Arg {
+    fn from(value: i32) -> Self {
+        Self::Value(value as i64 as u64)
+    }
+}
+
+impl From<VirtAddr> for Arg {
+    fn from(addr: VirtAddr) -> Self {
+        Self::Value(addr.0)
+    }
+}
+
+impl From<DataRef> for Arg {
+    fn from(data: DataRef) -> Self {
+        Self::Data(data)
+    }
+}
+
+impl From<CallRef> for Arg {
+    fn from(call: CallRef) -> Self {
+        Self::Result(call)
+    }
+}
+
+/// A call of a script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallRef(usize);
+
+/// A piece of a script's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataRef {
+    offset: usize,
+    len: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Call {
+    label: String,
+    number: i64,
+    args: [Arg; 6],
+    expect: Expect,
+}
+
+/// A sequence of system calls with their data.
+#[derive(Clone, Debug, Default)]
+pub struct Script {
+    calls: Vec<Call>,
+    data: Vec<u8>,
+    /// Places in the data that hold the address of other data.
+    pointers: Vec<(usize, DataRef)>,
+}
+
+impl Script {
+    /// An empty script.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether it has no calls.
+    pub fn is_empty(&self) -> bool {
+        self.calls.is_empty()
+    }
+
+    /// Bytes it needs in an arena.
+    pub fn size(&self) -> usize {
+        self.calls_offset() + self.calls.len() * CALL_SIZE + STACK_SIZE
+    }
+
+    /// Adds a call that must succeed. `label` says in errors what it was for, for example `mmap 7f…-7f…`.
+    pub fn call<const N: usize>(&mut self, label: impl Into<String>, number: i64, args: [Arg; N]) -> CallRef {
+        self.call_expecting(label, number, args, Expect::Success)
+    }
+
+    /// Adds a call with an expectation of its own. At most two arguments may be results or stored words.
+    pub fn call_expecting<const N: usize>(
+        &mut self,
+        label: impl Into<String>,
+        number: i64,
+        args: [Arg; N],
+        expect: Expect,
+    ) -> CallRef {
+        const { assert!(N <= 6, "a system call has at most six arguments") };
+        let linked = args.iter().filter(|arg| matches!(arg, Arg::Result(_) | Arg::Word(..))).count();
+        assert!(linked <= 2, "at most two linked arguments");
+        let mut all = [Arg::Value(0); 6];
+        all[..N].copy_from_slice(&args);
+        self.calls.push(Call { label: label.into(), number, args: all, expect });
+        CallRef(self.calls.len() - 1)
+    }
+
+    /// Adds data that calls can point to, aligned to 16 bytes.
+    pub fn data(&mut self, bytes: &[u8]) -> DataRef {
+        let offset = self.data.len().next_multiple_of(16);
+        self.data.resize(offset, 0);
+        self.data.extend_from_slice(bytes);
+        DataRef { offset, len: bytes.len() }
+    }
+
+    /// Adds a NUL-terminated string.
+    pub fn string(&mut self, bytes: &[u8]) -> DataRef {
+        self.data(&[bytes, b"\0"].concat())
+    }
+
+    /// Adds zeroed room that calls write to.
+    pub fn room(&mut self, len: usize) -> DataRef {
+        self.data(&vec![0; len])
+    }
+
+    /// Has the 8 bytes at `offset` of `place` hold the address of `target`: for structures that contain pointers.
+    pub fn pointer(&mut self, place: DataRef, offset: usize, target: DataRef) {
+        assert!(offset + 8 <= place.len, "the pointer lies inside its structure");
+        self.pointers.push((place.offset + offset, target));
+    }
+
+    fn calls_offset(&self) -> usize {
+        DATA_OFFSET + self.data.len().next_multiple_of(16)
+    }
+
+    /// The data and the calls as they stand in an arena at `base`, after the interpreter.
+    fn assemble(&self, base: VirtAddr) -> Vec<u8> {
+        let mut image = self.data.clone();
+        for (place, target) in &self.pointers {
+            let address = base.0 + (DATA_OFFSET + target.offset) as u64;
+            image[*place..place + 8].copy_from_slice(&address.to_ne_bytes());
+        }
+        image.resize(self.calls_offset() - DATA_OFFSET, 0);
+        for call in &self.calls {
+            image.extend_from_slice(&self.assemble_call(call, base));
+        }
+        image
+    }
+
+    fn assemble_call(&self, call: &Call, base: VirtAddr) -> [u8; CALL_SIZE] {
+        let mut words = [0u64; CALL_SIZE / 8];
+        let mut links = [0u64; 2];
+        let mut linked = 0;
+        words[0] = call.number as u64;
+        for (i, arg) in call.args.iter().enumerate() {
+            let source = match *arg {
+                Arg::Value(value) => {
+                    words[1 + i] = value;
+                    continue;
+                }
+                Arg::Data(data) => {
+                    words[1 + i] = base.0 + (DATA_OFFSET + data.offset) as u64;
+                    continue;
+                }
+                Arg::Result(earlier) => self.calls_offset() + earlier.0 * CALL_SIZE + 56,
+                Arg::Word(data, offset) => (DATA_OFFSET + data.offset + offset) | 1 << 31,
+            };
+            links[linked] = source as u64 | (i as u64) << 32;
+            linked += 1;
+        }
+        (words[8], words[9]) = match call.expect {
+            Expect::Any => (0, 0),
+            Expect::Success => (1, 0),
+            Expect::Exactly(value) => (2, value),
+        };
+        words[10..12].copy_from_slice(&links);
+        let mut raw = [0; CALL_SIZE];
+        for (bytes, word) in raw.chunks_exact_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        raw
+    }
+}
+
+/// What a script that ran to its end left behind.
+#[derive(Debug)]
+pub struct Outcome {
+    data: Vec<u8>,
+    results: Vec<i64>,
+}
+
+impl Outcome {
+    /// What a call returned (a negative error number if it failed and that was allowed).
+    pub fn result(&self, call: CallRef) -> i64 {
+        self.results[call.0]
+    }
+
+    /// The data as the calls left it.
+    pub fn data(&self, data: DataRef) -> &[u8] {
+        &self.data[data.offset..data.offset + data.len]
+    }
+}
+
+/// Memory in another process where scripts are put: one private mapping, readable, writable and executable.
+#[derive(Debug)]
+pub struct Arena {
+    range: PageRange,
+    memory: ProcessMemory,
+}
+
+impl Arena {
+    /// Where it is.
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
+}
+
+/// A stopped thread that lends itself to injected calls. Registers and signal mask are given back by
+/// [`Borrowed::give_back`]; until then no signal but SIGTRAP reaches it.
+///
+/// If pclive dies while a call or a script runs, the thread goes on in the interpreter and is killed by its trap. That
+/// window is tens of microseconds for each process and cannot be closed without code that stays in the process.
+#[derive(Debug)]
+pub struct Borrowed<'t> {
+    tracee: &'t Tracee,
+    registers: Registers,
+    mask: u64,
+    syscall_instruction: VirtAddr,
+}
+
+impl<'t> Borrowed<'t> {
+    /// Borrows a thread that is in a ptrace stop. `vdso` is where its vDSO is mapped: injected calls use the `syscall`
+    /// instruction in it, so nothing in the process needs to be overwritten.
+    pub fn new(tracee: &'t Tracee, memory: &ProcessMemory, vdso: PageRange) -> Result<Self> {
+        let syscall_instruction = find_syscall_instruction(tracee, memory, vdso)?;
+        let (registers, mask) = (tracee.registers()?, tracee.signal_mask()?);
+        tracee.set_signal_mask(ALL_BUT_SIGTRAP)?;
+        Ok(Self { tracee, registers, mask, syscall_instruction })
+    }
+
+    /// The registers and the signal mask that the thread had.
+    pub fn original(&self) -> (&Registers, u64) {
+        (&self.registers, self.mask)
+    }
+
+    /// Makes one call in the thread, through two system-call stops. Returns what it returned, or the error.
+    pub fn call<const N: usize>(&self, label: &str, number: i64, args: [u64; N]) -> Result<u64> {
+        let mut all = [0; 6];
+        all[..N].copy_from_slice(&args);
+        let [rdi, rsi, rdx, r10, r8, r9] = all;
+        self.tracee.set_registers(&Registers {
+            rip: self.syscall_instruction.0,
+            rax: number as u64,
+            orig_rax: u64::MAX,
+            rdi,
+            rsi,
+            rdx,
+            r10,
+            r8,
+            r9,
+            ..self.registers
+        })?;
+        for _entry_then_exit in 0..2 {
+            self.tracee.resume_to_syscall()?;
+            self.expect_stop(Stop::Syscall)?;
+        }
+        let result = self.tracee.registers()?.rax;
+        match failure(result as i64) {
+            Some(errno) => Err(Error::ScriptCall { tid: self.tracee.tid(), label: label.into(), errno }),
+            None => Ok(result),
+        }
+    }
+
+    /// Maps an arena of `len` bytes where there is room, or exactly at `at`.
+    pub fn map_arena(&self, len: u64, at: Option<VirtAddr>) -> Result<Arena> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | at.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
+        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let hint = at.unwrap_or_default().0;
+        let args = [hint, len, prot as u64, flags as u64, u64::MAX, 0];
+        let base = VirtAddr(self.call("mmap of the script arena", libc::SYS_mmap, args)?);
+        let arena = Arena {
+            range: PageRange::between(base, base.offset(len)),
+            memory: ProcessMemory::open(self.tracee.tid())?,
+        };
+        arena.memory.write(base, interpreter())?;
+        Ok(arena)
+    }
+
+    /// Unmaps an arena.
+    pub fn unmap_arena(&self, arena: Arena) -> Result<()> {
+        let range = arena.range;
+        self.call("munmap of the script arena", libc::SYS_munmap, [range.start.0, range.bytes()]).map(drop)
+    }
+
+    /// Runs a script to its end, or to the first call that does not return what it must.
+    pub fn run(&self, arena: &Arena, script: &Script) -> Result<Outcome> {
+        let capacity = arena.range.bytes() as usize;
+        if script.size() > capacity {
+            return Err(Error::ScriptTooLarge { len: script.size(), capacity });
+        }
+        let base = arena.range.start;
+        let mut image = script.assemble(base);
+        let image_at = base.offset(DATA_OFFSET as u64);
+        arena.memory.write(image_at, &image)?;
+        self.tracee.set_registers(&Registers {
+            rip: base.0,
+            rbx: base.0 + script.calls_offset() as u64,
+            r12: script.calls.len() as u64,
+            r13: base.0,
+            rsp: arena.range.end().0 - 16,
+            orig_rax: u64::MAX,
+            ..self.registers
+        })?;
+        self.tracee.resume(0)?;
+        self.expect_stop(Stop::Signal(libc::SIGTRAP))?;
+        let left = self.tracee.registers()?.r12 as usize;
+        arena.memory.read(image_at, &mut image)?;
+        let calls = image.split_off(script.calls_offset() - DATA_OFFSET);
+        let results: Vec<i64> = calls
+            .chunks_exact(CALL_SIZE)
+            .map(|call| i64::from_ne_bytes(call[56..64].try_into().expect("8 bytes")))
+            .collect();
+        match left {
+            0 => Ok(Outcome { data: image, results }),
+            _ => Err(self.script_error(script, &results, script.calls.len().saturating_sub(left))),
+        }
+    }
+
+    /// Gives the thread its registers and signal mask back. It stays stopped.
+    pub fn give_back(self) -> Result<()> {
+        self.tracee.set_registers(&self.registers)?;
+        self.tracee.set_signal_mask(self.mask)
+    }
+
+    fn script_error(&self, script: &Script, results: &[i64], failed: usize) -> Error {
+        let (call, result) = (&script.calls[failed], results[failed]);
+        let (tid, label) = (self.tracee.tid(), call.label.clone());
+        match (failure(result), call.expect) {
+            (None, Expect::Exactly(expected)) => {
+                Error::ScriptResult { tid, label, result: result as u64, expected }
+            }
+            (errno, _) => Error::ScriptCall { tid, label, errno: errno.unwrap_or(Errno::UnknownErrno) },
+        }
+    }
+
+    fn expect_stop(&self, expected: Stop) -> Result<()> {
+        match self.tracee.wait()? {
+            stop if stop == expected => Ok(()),
+            Stop::Gone(_) => Err(Error::Gone(self.tracee.tid())),
+            stop => Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
+        }
+    }
+}
+
+/// The error that a raw system call result stands for, if any.
+fn failure(result: i64) -> Option<Errno> {
+    (-4095..0).contains(&result).then(|| Errno::from_raw(-result as i32))
+}
+
+fn find_syscall_instruction(tracee: &Tracee, memory: &ProcessMemory, vdso: PageRange) -> Result<VirtAddr> {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    let mut code = vec![0; vdso.bytes() as usize];
+    memory.read(vdso.start, &mut code)?;
+    code.windows(2)
+        .position(|bytes| bytes == SYSCALL)
+        .map(|offset| vdso.start.offset(offset as u64))
+        .ok_or(Error::NoSyscallInstruction(tracee.tid()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ptrace::Seize;
+    use pclive_wire::HostPid;
+    use std::process::{Child, Command};
+
+    const ARENA: u64 = 64 * 1024;
+
+    /// A sleeping process, killed when the test ends.
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            Self(Command::new("sleep").arg("1000").spawn().unwrap())
+        }
+
+        fn pid(&self) -> HostPid {
+            HostPid(self.0.id() as i32)
+        }
+
+        fn maps(&self) -> String {
+            std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap()
+        }
+
+        fn vdso(&self) -> PageRange {
+            let maps = self.maps();
+            let line = maps.lines().find(|line| line.ends_with("[vdso]")).unwrap();
+            let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            let addr = |hex| VirtAddr(u64::from_str_radix(hex, 16).unwrap());
+            PageRange::between(addr(start), addr(end))
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
+    /// Stops a sleeping process, has `test` run scripts in it, and checks that nothing stays behind.
+    fn with_arena(test: impl FnOnce(&Borrowed<'_>, &Arena)) {
+        let sleeper = Sleeper::start();
+        while !std::fs::read_to_string(format!("/proc/{}/syscall", sleeper.pid()))
+            .unwrap()
+            .starts_with("230 ")
+        {
+            std::thread::yield_now(); // until it has reached clock_nanosleep
+        }
+        let maps = sleeper.maps();
+        let tracee = Tracee::seize(sleeper.pid(), Seize::Source).unwrap();
+        tracee.interrupt().unwrap();
+        tracee.wait_trap().unwrap();
+        let before = (tracee.registers().unwrap(), tracee.signal_mask().unwrap());
+        let memory = ProcessMemory::open(sleeper.pid()).unwrap();
+        let borrowed = Borrowed::new(&tracee, &memory, sleeper.vdso()).unwrap();
+        let arena = borrowed.map_arena(ARENA, None).unwrap();
+        test(&borrowed, &arena);
+        borrowed.unmap_arena(arena).unwrap();
+        borrowed.give_back().unwrap();
+        assert_eq!((tracee.registers().unwrap(), tracee.signal_mask().unwrap()), before);
+        assert_eq!(sleeper.maps(), maps);
+        tracee.detach().unwrap();
+        assert!(sleeper.maps() == maps, "still running");
+    }
+
+    #[test]
+    fn results_and_stored_words_feed_later_calls() {
+        with_arena(|borrowed, arena| {
+            let mut script = Script::new();
+            let pair = script.room(8);
+            let text = script.data(b"through a pipe");
+            let back = script.room(14);
+            script.call("pipe2", libc::SYS_pipe2, [pair.into(), 0.into()]);
+            let duplicate = script.call("dup", libc::SYS_dup, [Arg::Word(pair, 4)]);
+            let write = script.call("write", libc::SYS_write, [duplicate.into(), text.into(), 14.into()]);
+            let read =
+                script.call("read", libc::SYS_read, [Arg::Word(pair, 0), back.into(), Arg::Result(write)]);
+            for fd in [Arg::Word(pair, 0), Arg::Word(pair, 4), duplicate.into()] {
+                script.call("close", libc::SYS_close, [fd]);
+            }
+            let outcome = borrowed.run(arena, &script).unwrap();
+            assert_eq!(outcome.result(read), 14);
+            assert_eq!(outcome.data(back), b"through a pipe");
+        });
+    }
+
+    #[test]
+    fn structures_may_point_to_other_data() {
+        with_arena(|borrowed, arena| {
+            let mut script = Script::new();
+            let iov = script.room(16);
+            let room = script.data(&[7; 8]);
+            script.pointer(iov, 0, room);
+            let length = script.data(&8u64.to_ne_bytes());
+            // process_vm_readv from itself into the iovec's own length field shows that the pointer is right.
+            let remote = script.room(16);
+            script.pointer(remote, 0, length);
+            let pid = script.call("getpid", libc::SYS_getpid, []);
+            let lens = [pid.into(), iov.into(), 0.into(), remote.into(), 0.into(), 0.into()];
+            script.call_expecting("process_vm_readv", libc::SYS_process_vm_readv, lens, Expect::Exactly(0));
+            let outcome = borrowed.run(arena, &script).unwrap();
+            let pointer = u64::from_ne_bytes(outcome.data(iov)[..8].try_into().unwrap());
+            assert_eq!(pointer, arena.range().start.0 + DATA_OFFSET as u64 + 16);
+        });
+    }
+
+    #[test]
+    fn the_call_that_fails_is_named_and_later_ones_are_not_made() {
+        with_arena(|borrowed, arena| {
+            let mut script = Script::new();
+            script.call_expecting("may fail", libc::SYS_close, [(-1).into()], Expect::Any);
+            script.call("chdir to nowhere", libc::SYS_close, [99.into()]);
+            script.call("exit", libc::SYS_exit_group, [0.into()]);
+            let error = borrowed.run(arena, &script).unwrap_err();
+            assert_eq!(error.errno(), Some(Errno::EBADF));
+            assert!(error.to_string().starts_with("chdir to nowhere in "), "{error}");
+
+            let mut script = Script::new();
+            script.call_expecting("getpid", libc::SYS_getpid, [], Expect::Exactly(1));
+            let error = borrowed.run(arena, &script).unwrap_err();
+            assert!(matches!(error, Error::ScriptResult { expected: 1, .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_script_larger_than_its_arena_is_refused() {
+        with_arena(|borrowed, arena| {
+            let mut script = Script::new();
+            script.room(ARENA as usize);
+            assert!(matches!(borrowed.run(arena, &script), Err(Error::ScriptTooLarge { .. })));
+        });
+    }
+
+    #[test]
+    fn the_interpreter_fits_before_the_data() {
+        assert!(interpreter().len() <= DATA_OFFSET, "{} bytes", interpreter().len());
+    }
+}
