@@ -4,6 +4,7 @@
 //! container runs carry the layout (process tree, VMAs); the one taken after the freeze also carries what only a
 //! stopped container has ([`ProcessState`], [`ThreadState`], [`Description`]s). It takes the same path.
 
+use crate::limits::{MAX_DESCRIPTIONS, MAX_PENDING_SIGNALS, MAX_PROCESSES, at_most};
 use crate::units::{NsPid, PageRange, Round, VirtAddr};
 use serde::{Deserialize, Serialize};
 
@@ -15,8 +16,10 @@ pub struct Manifest {
     /// Taken after the freeze: every `state` is present, and no round follows.
     pub last: bool,
     /// Parents come before their children; the first is PID 1.
+    #[serde(deserialize_with = "at_most::<MAX_PROCESSES, _, _>")]
     pub processes: Vec<Process>,
     /// Open file descriptions; empty unless `last`.
+    #[serde(deserialize_with = "at_most::<MAX_DESCRIPTIONS, _, _>")]
     pub descriptions: Vec<Description>,
 }
 
@@ -92,6 +95,8 @@ impl VmaFlags {
     pub const MERGEABLE: u16 = 1 << 8; // mg
     pub const SEQUENTIAL: u16 = 1 << 9; // sr
     pub const RANDOM: u16 = 1 << 10; // rr
+    /// Every bit that has a meaning.
+    pub const ALL: u16 = (1 << 11) - 1;
 
     /// Whether all bits of `flag` are set.
     pub fn has(self, flag: u16) -> bool {
@@ -158,6 +163,7 @@ pub struct ThreadState {
     /// Blocked signals.
     pub blocked: u64,
     /// Pending signals directed at this thread: raw 128-byte `siginfo_t`s.
+    #[serde(deserialize_with = "at_most::<MAX_PENDING_SIGNALS, _, _>")]
     pub pending: Vec<Vec<u8>>,
     /// `sigaltstack(2)`.
     pub altstack: AltStack,
@@ -278,6 +284,7 @@ pub struct ProcessState {
     /// Signal actions for signals 1 to 64.
     pub actions: Vec<SigAction>,
     /// Pending signals directed at the process: raw 128-byte `siginfo_t`s.
+    #[serde(deserialize_with = "at_most::<MAX_PENDING_SIGNALS, _, _>")]
     pub pending: Vec<Vec<u8>>,
     /// `ITIMER_REAL`, `ITIMER_VIRTUAL`, `ITIMER_PROF`.
     pub itimers: [ItimerSpec; 3],
@@ -318,7 +325,7 @@ pub struct PosixTimer {
     pub signal: i32,
     /// `sigev_value`.
     pub value: u64,
-    /// Thread for `SIGEV_THREAD_ID`.
+    /// Thread for `SIGEV_THREAD_ID`; else 0.
     pub thread: NsPid,
     /// Nanoseconds to the next expiry; 0 when disarmed.
     pub value_ns: u64,
