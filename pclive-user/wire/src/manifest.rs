@@ -474,6 +474,17 @@ pub struct SocketOption {
     pub value: Vec<u8>,
 }
 
+/// Whom a unix-domain socket is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnixPeer {
+    /// Nobody.
+    None,
+    /// The socket of this number, which is in the manifest too.
+    Socket(u32),
+    /// One that has been closed.
+    Closed,
+}
+
 /// A unix-domain socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixSocket {
@@ -483,14 +494,16 @@ pub struct UnixSocket {
     pub socket_type: i32,
     /// Bound address without the family: a path, or NUL and a name; empty when unbound.
     pub address: Vec<u8>,
-    /// The connected peer, which is in the manifest too.
-    pub peer: Option<u32>,
+    /// Whom it is connected to.
+    pub peer: UnixPeer,
     /// Backlog, for a listener.
     pub backlog: Option<u32>,
     /// Messages waiting to be read here; for a stream one element with all bytes.
     pub queue: Vec<Vec<u8>>,
-    /// `SHUT_RD` (1) and `SHUT_WR` (2) bits.
+    /// `RCV_SHUTDOWN` (1) and `SEND_SHUTDOWN` (2) bits.
     pub shutdown: u8,
+    /// User who made the socket.
+    pub owner: u32,
     /// Options to set again.
     pub options: Vec<SocketOption>,
 }
@@ -504,6 +517,8 @@ pub struct TcpSocket {
     pub local: Option<std::net::SocketAddr>,
     /// What state it is in.
     pub state: TcpState,
+    /// User who made the socket; `SO_REUSEPORT` groups are per user.
+    pub owner: u32,
     /// Options to set again.
     pub options: Vec<SocketOption>,
 }
@@ -513,22 +528,28 @@ pub struct TcpSocket {
 pub enum TcpState {
     /// `TCP_CLOSE`: made, perhaps bound, not connected.
     Closed,
+    /// `TCP_CLOSE` after a connection that has ended: reading gives end of file.
+    Dead,
     /// Listening.
     Listen {
         /// Backlog, as `ss -l` shows it (Send-Q).
         backlog: u32,
     },
-    /// Connected (established, or half-closed: see `shutdown`).
+    /// Connected: established or half-closed.
     Connected(Box<TcpConnection>),
 }
 
-/// An established connection, as `TCP_REPAIR` (Linux 3.5) takes and gives it.
+/// A connection, as `TCP_REPAIR` (Linux 3.5) takes and gives it. Sequence numbers do not count a FIN.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TcpConnection {
     /// Remote address.
     pub remote: std::net::SocketAddr,
-    /// Kernel TCP state number (`TCP_ESTABLISHED` = 1 …).
-    pub state: u8,
+    /// A FIN was received (`CLOSE_WAIT`, `LAST_ACK`, `CLOSING`).
+    pub fin_received: bool,
+    /// The socket was shut down for writing (`FIN_WAIT1`, `FIN_WAIT2`, `LAST_ACK`, `CLOSING`).
+    pub fin_sent: bool,
+    /// The socket was shut down for reading by its owner.
+    pub read_shutdown: bool,
     /// Sequence number after the last byte in the receive queue.
     pub receive_sequence: u32,
     /// Sequence number after the last byte in the send queue.
@@ -543,6 +564,12 @@ pub struct TcpConnection {
     pub window: [u32; 5],
     /// Maximum segment size clamp.
     pub mss: u32,
+    /// Maximum segment size that this side advertised.
+    pub advertised_mss: u32,
+    /// Path MTU.
+    pub path_mtu: u32,
+    /// Congestion window, in segments.
+    pub congestion_window: u32,
     /// Send and receive window scale, if negotiated.
     pub window_scale: Option<(u8, u8)>,
     /// SACK permitted.
