@@ -3,7 +3,7 @@
 use super::{Fault, Item, Place, Result};
 use crate::manifest::{
     Description, DescriptionId, DescriptionKind, EpollTarget, Manifest, SocketOption, TcpConnection,
-    TcpSocket, TcpState, UnixSocket,
+    TcpSocket, TcpState, UnixPeer, UnixSocket,
 };
 use crate::units::NsPid;
 use std::collections::{HashMap, HashSet};
@@ -117,7 +117,10 @@ fn check_unix(at: Place, socket: &UnixSocket, references: &References) -> Result
     let types = [libc_types::SOCK_STREAM, libc_types::SOCK_DGRAM, libc_types::SOCK_SEQPACKET];
     at.ensure(types.contains(&socket.socket_type), Fault::Range(Item::SocketType))?;
     at.ensure(socket.shutdown <= 3, Fault::Range(Item::Shutdown))?;
-    let peer = socket.peer.is_none_or(|peer| references.unix.contains(&peer));
+    let peer = match socket.peer {
+        UnixPeer::None | UnixPeer::Closed => true,
+        UnixPeer::Socket(peer) => references.unix.contains(&peer),
+    };
     at.ensure(peer, Fault::Dangling(Item::SocketPeer))?;
     check_options(at, &socket.options)
 }
@@ -134,7 +137,7 @@ fn check_tcp(at: Place, socket: &TcpSocket) -> Result {
     at.ensure(family, Fault::Family)?;
     check_options(at, &socket.options)?;
     match &socket.state {
-        TcpState::Closed => Ok(()),
+        TcpState::Closed | TcpState::Dead => Ok(()),
         TcpState::Listen { .. } => at.ensure(socket.local.is_some(), Fault::Family),
         TcpState::Connected(connection) => {
             let family = socket.local.is_some() && connection.remote.is_ipv6() == socket.ipv6;
@@ -145,9 +148,6 @@ fn check_tcp(at: Place, socket: &TcpSocket) -> Result {
 }
 
 fn check_connection(at: Place, connection: &TcpConnection) -> Result {
-    // TCP_ESTABLISHED = 1 to TCP_CLOSING = 11 (include/net/tcp_states.h), without TCP_LISTEN = 10.
-    let state = (1..=11).contains(&connection.state) && connection.state != 10;
-    at.ensure(state, Fault::Range(Item::TcpState))?;
     at.ensure(connection.unsent as usize <= connection.send_queue.len(), Fault::Range(Item::Unsent))?;
     at.ensure((1..=65535).contains(&connection.mss), Fault::Range(Item::SegmentSize))?;
     let scale = connection.window_scale.is_none_or(|(a, b)| a.max(b) <= MAX_WINDOW_SCALE);

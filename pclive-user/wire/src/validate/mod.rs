@@ -122,7 +122,6 @@ pub enum Item {
     SocketPeer,
     Shutdown,
     SocketOptionValue,
-    TcpState,
     Unsent,
     WindowScale,
     SegmentSize,

@@ -78,11 +78,13 @@ fn good() -> Manifest {
     let unix = |id, peer| {
         let socket_type = 1;
         let (address, queue, options) = (Vec::new(), vec![b"hi".to_vec()], Vec::new());
-        UnixSocket { id, socket_type, address, peer, backlog: None, queue, shutdown: 0, options }
+        UnixSocket { id, socket_type, address, peer, backlog: None, queue, shutdown: 0, owner: 0, options }
     };
     let connection = TcpConnection {
         remote: "10.0.0.9:4242".parse().unwrap(),
-        state: 1,
+        fin_received: false,
+        fin_sent: false,
+        read_shutdown: false,
         receive_sequence: 1,
         send_sequence: 2,
         receive_queue: b"GET".to_vec(),
@@ -90,6 +92,9 @@ fn good() -> Manifest {
         unsent: 1,
         window: [0; 5],
         mss: 1448,
+        advertised_mss: 1460,
+        path_mtu: 1500,
+        congestion_window: 10,
         window_scale: Some((7, 7)),
         sack: true,
         timestamp: Some(5),
@@ -98,6 +103,7 @@ fn good() -> Manifest {
         ipv6: false,
         local: Some("10.0.0.1:6379".parse().unwrap()),
         state: TcpState::Connected(Box::new(connection)),
+        owner: 0,
         options: vec![SocketOption { level: 1, name: 2, value: vec![1, 0, 0, 0] }],
     };
     Manifest {
@@ -107,8 +113,8 @@ fn good() -> Manifest {
         descriptions: vec![
             describe(pipe(b"unread")),
             describe(DescriptionKind::Epoll { targets: vec![target(1, 3), target(1, 4)] }),
-            describe(DescriptionKind::Unix(Box::new(unix(1, Some(2))))),
-            describe(DescriptionKind::Unix(Box::new(unix(2, Some(1))))),
+            describe(DescriptionKind::Unix(Box::new(unix(1, UnixPeer::Socket(2))))),
+            describe(DescriptionKind::Unix(Box::new(unix(2, UnixPeer::Socket(1))))),
             describe(DescriptionKind::Tcp(Box::new(tcp))),
         ],
     }
@@ -279,7 +285,6 @@ fn descriptions_are_checked() {
         (|m| tcp(m).local = None, Fault::Family),
         (|m| tcp(m).options[0].value = vec![0; 5000], Fault::Size(Item::SocketOptionValue)),
         (|m| connection(m).remote = "[::1]:1".parse().unwrap(), Fault::Family),
-        (|m| connection(m).state = 10, Fault::Range(Item::TcpState)),
         (|m| connection(m).unsent = 3, Fault::Range(Item::Unsent)),
         (|m| connection(m).mss = 0, Fault::Range(Item::SegmentSize)),
         (|m| connection(m).window_scale = Some((7, 15)), Fault::Range(Item::WindowScale)),
