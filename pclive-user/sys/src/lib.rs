@@ -4,6 +4,8 @@
 
 pub mod kcmp;
 pub mod mem;
+pub mod mountns;
+pub mod namespace;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
