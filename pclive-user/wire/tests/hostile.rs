@@ -68,7 +68,7 @@ fn the_longest_lists_of_the_shortest_elements() {
     for (name, before, element, after) in [
         ("mappings", process.clone(), 5, 3),
         ("threads", [process, vec![0]].concat(), 2, 2),
-        ("messages in a queue", unix, 1, 2),
+        ("messages in a queue", unix, 1, 3),
     ] {
         let mut payload = [manifest.clone(), before, count.clone()].concat();
         payload.resize(payload.len() + element * ELEMENTS as usize + after, 0);
