@@ -4,7 +4,11 @@
 //! the freeze the same functions read the final state, and an obstacle that appeared since is an error.
 
 pub mod files;
+pub mod process;
 pub mod sockets;
+pub mod threads;
+pub mod tree;
+pub mod vmas;
 
 use pclive_wire::{HostPid, NsPid};
 use std::os::fd::OwnedFd;
@@ -25,6 +29,12 @@ pub struct SourceProcess {
     pub pid: HostPid,
     /// Thread group id in the container.
     pub ns_pid: NsPid,
+    /// Its parent, as the host numbers it.
+    pub parent: HostPid,
+    /// Process group, as the container numbers it; 0 if the leader is outside.
+    pub pgid: NsPid,
+    /// Session, as the container numbers it; 0 if the leader is outside.
+    pub sid: NsPid,
     /// Handle that survives pid reuse; also the key to the process's descriptors (`pidfd_getfd(2)`, Linux 5.6).
     pub pidfd: OwnedFd,
 }

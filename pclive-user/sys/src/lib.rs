@@ -10,6 +10,7 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
 pub mod script;
+pub mod thread;
 pub mod uffd;
 
 use nix::errno::Errno;

@@ -16,7 +16,7 @@ use crate::ptrace::{Stop, Tracee};
 use crate::{Error, Result};
 use nix::errno::Errno;
 use pclive_wire::manifest::Registers;
-use pclive_wire::{PageRange, VirtAddr};
+use pclive_wire::{HostPid, PageRange, VirtAddr};
 
 /// Everything except SIGTRAP, which ends a script: the kernel resets the handler of a trap that is blocked.
 const ALL_BUT_SIGTRAP: u64 = !(1 << (libc::SIGTRAP - 1));
@@ -332,17 +332,30 @@ pub struct Borrowed<'t> {
     tracee: &'t Tracee,
     registers: Registers,
     mask: u64,
-    syscall_instruction: VirtAddr,
+    syscall: SyscallInstruction,
+}
+
+/// Where a process has a `syscall` instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct SyscallInstruction(VirtAddr);
+
+impl SyscallInstruction {
+    /// Finds the one in the vDSO, mapped at `vdso`, so that nothing in the process needs to be overwritten.
+    pub fn find(pid: HostPid, memory: &ProcessMemory, vdso: PageRange) -> Result<Self> {
+        const SYSCALL: [u8; 2] = [0x0f, 0x05];
+        let mut code = vec![0; vdso.bytes() as usize];
+        memory.read(vdso.start, &mut code)?;
+        let offset = code.windows(2).position(|bytes| bytes == SYSCALL);
+        offset.map(|offset| Self(vdso.start.offset(offset as u64))).ok_or(Error::NoSyscallInstruction(pid))
+    }
 }
 
 impl<'t> Borrowed<'t> {
-    /// Borrows a thread that is in a ptrace stop. `vdso` is where its vDSO is mapped: injected calls use the `syscall`
-    /// instruction in it, so nothing in the process needs to be overwritten.
-    pub fn new(tracee: &'t Tracee, memory: &ProcessMemory, vdso: PageRange) -> Result<Self> {
-        let syscall_instruction = find_syscall_instruction(tracee, memory, vdso)?;
+    /// Borrows a thread that is in a ptrace stop.
+    pub fn new(tracee: &'t Tracee, syscall: SyscallInstruction) -> Result<Self> {
         let (registers, mask) = (tracee.registers()?, tracee.signal_mask()?);
         tracee.set_signal_mask(ALL_BUT_SIGTRAP)?;
-        Ok(Self { tracee, registers, mask, syscall_instruction })
+        Ok(Self { tracee, registers, mask, syscall })
     }
 
     /// The registers and the signal mask that the thread had.
@@ -356,7 +369,7 @@ impl<'t> Borrowed<'t> {
         all[..N].copy_from_slice(&args);
         let [rdi, rsi, rdx, r10, r8, r9] = all;
         self.tracee.set_registers(&Registers {
-            rip: self.syscall_instruction.0,
+            rip: self.syscall.0.0,
             rax: number as u64,
             orig_rax: u64::MAX,
             rdi,
@@ -464,21 +477,10 @@ fn failure(result: i64) -> Option<Errno> {
     (-4095..0).contains(&result).then(|| Errno::from_raw(-result as i32))
 }
 
-fn find_syscall_instruction(tracee: &Tracee, memory: &ProcessMemory, vdso: PageRange) -> Result<VirtAddr> {
-    const SYSCALL: [u8; 2] = [0x0f, 0x05];
-    let mut code = vec![0; vdso.bytes() as usize];
-    memory.read(vdso.start, &mut code)?;
-    code.windows(2)
-        .position(|bytes| bytes == SYSCALL)
-        .map(|offset| vdso.start.offset(offset as u64))
-        .ok_or(Error::NoSyscallInstruction(tracee.tid()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ptrace::Seize;
-    use pclive_wire::HostPid;
     use std::process::{Child, Command};
 
     const ARENA: u64 = 64 * 1024;
@@ -530,7 +532,8 @@ mod tests {
         tracee.wait_trap().unwrap();
         let before = (tracee.registers().unwrap(), tracee.signal_mask().unwrap());
         let memory = ProcessMemory::open(sleeper.pid()).unwrap();
-        let borrowed = Borrowed::new(&tracee, &memory, sleeper.vdso()).unwrap();
+        let syscall = SyscallInstruction::find(sleeper.pid(), &memory, sleeper.vdso()).unwrap();
+        let borrowed = Borrowed::new(&tracee, syscall).unwrap();
         let arena = borrowed.map_arena(ARENA, None).unwrap();
         test(&borrowed, &arena);
         borrowed.unmap_arena(arena).unwrap();

@@ -19,6 +19,11 @@ impl VirtAddr {
         Self(self.0 & !(PAGE_SIZE - 1))
     }
 
+    /// The address rounded up to its page.
+    pub fn page_ceil(self) -> Self {
+        Self(self.0.next_multiple_of(PAGE_SIZE))
+    }
+
     /// Whether the address is a multiple of the page size.
     pub fn is_page_aligned(self) -> bool {
         self.0.is_multiple_of(PAGE_SIZE)

@@ -1,0 +1,373 @@
+//! What belongs to a whole process: signal actions, timers, limits, bounds of the address space.
+
+use super::SourceProcess;
+use super::threads::{StoppedProcess, ThreadError, capture_threads};
+use super::vmas::{VmaError, VmaReader};
+use pclive_sys::mem::ProcessMemory;
+use pclive_sys::script::{Arg, Borrowed, CallRef, DataRef, Outcome, Script, SyscallInstruction};
+use pclive_wire::manifest::{
+    Backing, FdEntry, ItimerSpec, MmBounds, PosixTimer, Process, ProcessState, SigAction, SpecialMapping,
+    Thread, Vma,
+};
+use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
+use procfs::process::Process as Procfs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+/// Room for the scripts of capture, in bytes.
+const ARENA_SIZE: u64 = 64 * 1024;
+/// Highest signal number.
+const SIGNALS: usize = 64;
+/// Number of `RLIMIT_*` resources.
+const LIMITS: usize = 16;
+/// Bytes of the kernel's `struct sigaction` on x86-64.
+const SIGACTION_SIZE: usize = 32;
+
+/// Why the state of a process could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// Its threads.
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
+    /// Its mappings.
+    #[error(transparent)]
+    Vma(#[from] VmaError),
+    /// A kernel interface said no.
+    #[error(transparent)]
+    Sys(#[from] pclive_sys::Error),
+    /// A file under `/proc`.
+    #[error("cannot read /proc/{pid}/{file}")]
+    Proc {
+        /// Whose.
+        pid: HostPid,
+        /// Which.
+        file: &'static str,
+        /// Why.
+        source: procfs::ProcError,
+    },
+    /// A file under `/proc`.
+    #[error("cannot read {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file under `/proc` says something unknown.
+    #[error("cannot understand {path}: {line:?}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// What it says.
+        line: String,
+    },
+    /// The vDSO is missing, so no call can be injected.
+    #[error("process {0} has no vDSO")]
+    NoVdso(HostPid),
+}
+
+/// Where the vDSO of a process is.
+pub fn vdso(vmas: &[Vma]) -> Option<PageRange> {
+    vmas.iter().find(|vma| vma.backing == Backing::Special(SpecialMapping::Vdso)).map(|vma| vma.range)
+}
+
+/// Opens memory and finds the system call instruction of a process.
+pub fn prepare_injection(
+    pid: HostPid,
+    vmas: &[Vma],
+) -> Result<(ProcessMemory, SyscallInstruction), ProcessError> {
+    let memory = ProcessMemory::open(pid)?;
+    let syscall = SyscallInstruction::find(pid, &memory, vdso(vmas).ok_or(ProcessError::NoVdso(pid))?)?;
+    Ok((memory, syscall))
+}
+
+/// The layout of a process: everything that can be read while it runs.
+pub fn capture_layout(
+    process: &SourceProcess,
+    parent: NsPid,
+    threads: Vec<Thread>,
+    vmas: &mut VmaReader,
+) -> Result<Process, ProcessError> {
+    let pid = process.pid;
+    let proc_error = |file| move |source| ProcessError::Proc { pid, file, source };
+    let procfs = Procfs::new(pid.0).map_err(proc_error(""))?;
+    let exe = procfs.exe().map_err(proc_error("exe"))?;
+    let stat = procfs.stat().map_err(proc_error("stat"))?;
+    let vmas = vmas.read()?.to_vec();
+    let addr = |field: Option<u64>| VirtAddr(field.unwrap_or_default());
+    let start_brk = addr(stat.start_brk);
+    let mm = MmBounds {
+        start_code: VirtAddr(stat.startcode),
+        end_code: VirtAddr(stat.endcode),
+        start_data: addr(stat.start_data),
+        end_data: addr(stat.end_data),
+        start_brk,
+        brk: heap_end(&vmas, start_brk),
+        start_stack: VirtAddr(stat.startstack),
+        arg_start: addr(stat.arg_start),
+        arg_end: addr(stat.arg_end),
+        env_start: addr(stat.env_start),
+        env_end: addr(stat.env_end),
+        auxv: read(pid, "auxv")?,
+    };
+    Ok(Process {
+        pid: process.ns_pid,
+        ppid: parent,
+        pgid: process.pgid,
+        sid: process.sid,
+        exe: exe.into_os_string().into_vec(),
+        mm,
+        vmas,
+        threads,
+        state: None,
+    })
+}
+
+/// The break is not shown under /proc: in a running process it is taken to be the end of the heap's mapping.
+fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
+    let heap =
+        vmas.iter().rev().find(|vma| vma.range.start <= start_brk.page_ceil() && start_brk < vma.range.end());
+    heap.map_or(start_brk, |vma| vma.range.end())
+}
+
+/// A process as it is now, with everything: all its threads are stopped. The descriptor table is filled in by the caller.
+pub fn capture_stopped(
+    process: &SourceProcess,
+    parent: NsPid,
+    stopped: &StoppedProcess,
+    vmas: &mut VmaReader,
+) -> Result<Process, ProcessError> {
+    let mut captured = capture_layout(process, parent, Vec::new(), vmas)?;
+    let (_memory, syscall) = prepare_injection(process.pid, &captured.vmas)?;
+    let leader = &stopped.leader().tracee;
+    let borrowed = Borrowed::new(leader, syscall)?;
+    let arena = borrowed.map_arena(ARENA_SIZE, None)?;
+    let timers = PosixTimers::list(process.pid)?;
+    let questions = Questions::new(&timers);
+    let answers = borrowed.run(&arena, &questions.script)?;
+    borrowed.give_back()?;
+    captured.threads = capture_threads(stopped, syscall, &arena)?;
+    let borrowed = Borrowed::new(leader, syscall)?;
+    borrowed.unmap_arena(arena)?;
+    borrowed.give_back()?;
+    captured.mm.brk = questions.brk(&answers);
+    captured.state = Some(Box::new(process_state(process.pid, leader, &questions, &answers, timers)?));
+    Ok(captured)
+}
+
+fn process_state(
+    pid: HostPid,
+    leader: &pclive_sys::ptrace::Tracee,
+    questions: &Questions,
+    answers: &Outcome,
+    timers: PosixTimers,
+) -> Result<ProcessState, ProcessError> {
+    let proc_error = |file| move |source| ProcessError::Proc { pid, file, source };
+    let procfs = Procfs::new(pid.0).map_err(proc_error(""))?;
+    let status = procfs.status().map_err(proc_error("status"))?;
+    Ok(ProcessState {
+        cwd: procfs.cwd().map_err(proc_error("cwd"))?.into_os_string().into_vec(),
+        umask: status.umask.unwrap_or(0o22),
+        limits: questions.limits(answers),
+        dumpable: answers.result(questions.dumpable) as u32,
+        child_subreaper: questions.child_subreaper(answers),
+        personality: answers.result(questions.personality) as u32,
+        oom_score_adj: parse_number(pid, "oom_score_adj")?,
+        actions: questions.actions(answers),
+        pending: leader.pending_signals(true)?,
+        itimers: questions.itimers(answers),
+        timers: timers.with_times(questions, answers),
+        fds: Vec::<FdEntry>::new(),
+    })
+}
+
+fn read(pid: HostPid, file: &str) -> Result<Vec<u8>, ProcessError> {
+    let path = PathBuf::from(format!("/proc/{pid}/{file}"));
+    std::fs::read(&path).map_err(|source| ProcessError::Read { path, source })
+}
+
+fn parse_number(pid: HostPid, file: &str) -> Result<i32, ProcessError> {
+    let text = String::from_utf8_lossy(&read(pid, file)?).trim().to_owned();
+    text.parse().map_err(|_| ProcessError::Parse { path: format!("/proc/{pid}/{file}").into(), line: text })
+}
+
+/// What only the process itself can be asked, as one script.
+struct Questions {
+    script: Script,
+    actions: Vec<(usize, DataRef)>,
+    limits: Vec<DataRef>,
+    itimers: [DataRef; 3],
+    timers: Vec<DataRef>,
+    subreaper: DataRef,
+    brk: CallRef,
+    dumpable: CallRef,
+    personality: CallRef,
+}
+
+impl Questions {
+    fn new(timers: &PosixTimers) -> Self {
+        let mut script = Script::new();
+        let actions = (1..=SIGNALS)
+            .filter(|&signal| signal as i32 != libc::SIGKILL && signal as i32 != libc::SIGSTOP)
+            .map(|signal| {
+                let room = script.room(SIGACTION_SIZE);
+                let args: [Arg; 4] = [(signal as u64).into(), 0.into(), room.into(), 8.into()];
+                script.call(format!("rt_sigaction of signal {signal}"), libc::SYS_rt_sigaction, args);
+                (signal, room)
+            })
+            .collect();
+        let limits = (0..LIMITS)
+            .map(|resource| {
+                let room = script.room(16);
+                let args: [Arg; 4] = [0.into(), (resource as u64).into(), 0.into(), room.into()];
+                script.call(format!("prlimit64 of resource {resource}"), libc::SYS_prlimit64, args);
+                room
+            })
+            .collect();
+        let itimers = std::array::from_fn(|which| {
+            let room = script.room(32);
+            script.call("getitimer", libc::SYS_getitimer, [(which as u64).into(), room.into()]);
+            room
+        });
+        let timers = timers
+            .0
+            .iter()
+            .map(|timer| {
+                let room = script.room(32);
+                script.call("timer_gettime", libc::SYS_timer_gettime, [timer.id.into(), room.into()]);
+                room
+            })
+            .collect();
+        let subreaper = script.room(4);
+        script.call(
+            "PR_GET_CHILD_SUBREAPER",
+            libc::SYS_prctl,
+            [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper.into()],
+        );
+        let brk = script.call("brk", libc::SYS_brk, [0.into()]);
+        let dumpable = script.call("PR_GET_DUMPABLE", libc::SYS_prctl, [libc::PR_GET_DUMPABLE.into()]);
+        let query = u64::from(u32::MAX);
+        let personality = script.call("personality", libc::SYS_personality, [query.into()]);
+        Self { script, actions, limits, itimers, timers, subreaper, brk, dumpable, personality }
+    }
+
+    fn actions(&self, answers: &Outcome) -> Vec<SigAction> {
+        let mut actions = vec![SigAction::default(); SIGNALS];
+        for &(signal, room) in &self.actions {
+            let [handler, flags, restorer, mask] = words(answers.data(room));
+            actions[signal - 1] = SigAction { handler, flags, restorer, mask };
+        }
+        actions
+    }
+
+    fn limits(&self, answers: &Outcome) -> Vec<(u64, u64)> {
+        self.limits.iter().map(|&room| words::<2>(answers.data(room)).into()).collect()
+    }
+
+    fn itimers(&self, answers: &Outcome) -> [ItimerSpec; 3] {
+        self.itimers.map(|room| {
+            let [interval_s, interval_us, value_s, value_us] = words(answers.data(room));
+            ItimerSpec {
+                value_us: value_s * 1_000_000 + value_us,
+                interval_us: interval_s * 1_000_000 + interval_us,
+            }
+        })
+    }
+
+    fn child_subreaper(&self, answers: &Outcome) -> bool {
+        answers.data(self.subreaper) != [0; 4]
+    }
+
+    fn brk(&self, answers: &Outcome) -> VirtAddr {
+        VirtAddr(answers.result(self.brk) as u64)
+    }
+}
+
+/// The first `N` 8-byte words of `raw`.
+fn words<const N: usize>(raw: &[u8]) -> [u64; N] {
+    std::array::from_fn(|i| u64::from_ne_bytes(raw[i * 8..i * 8 + 8].try_into().expect("8 bytes")))
+}
+
+/// The POSIX timers of a process, as `/proc/PID/timers` (Linux 3.10) lists them.
+struct PosixTimers(Vec<PosixTimer>);
+
+impl PosixTimers {
+    fn list(pid: HostPid) -> Result<Self, ProcessError> {
+        let text = String::from_utf8_lossy(&read(pid, "timers")?).into_owned();
+        let thread = |host: i32| super::tree::namespace_tid(pid, HostPid(host));
+        parse_timers(&text, thread)
+            .map(Self)
+            .map_err(|line| ProcessError::Parse { path: format!("/proc/{pid}/timers").into(), line })
+    }
+
+    fn with_times(self, questions: &Questions, answers: &Outcome) -> Vec<PosixTimer> {
+        let with_time = |(mut timer, &room): (PosixTimer, &DataRef)| {
+            let [interval_s, interval_ns, value_s, value_ns] = words(answers.data(room));
+            timer.value_ns = value_s * 1_000_000_000 + value_ns;
+            timer.interval_ns = interval_s * 1_000_000_000 + interval_ns;
+            timer
+        };
+        self.0.into_iter().zip(&questions.timers).map(with_time).collect()
+    }
+}
+
+/// Parses the `ID:`, `signal:`, `notify:` and `ClockID:` lines of `proc_pid_timers(5)`. The error is the bad line.
+fn parse_timers(text: &str, namespace_tid: impl Fn(i32) -> Option<NsPid>) -> Result<Vec<PosixTimer>, String> {
+    let mut timers = Vec::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        let bad = || line.to_owned();
+        let id = line.strip_prefix("ID: ").and_then(|id| id.parse().ok()).ok_or_else(bad)?;
+        let mut field =
+            |name: &str| lines.next().and_then(|l| l.strip_prefix(name)).map(str::trim).ok_or_else(bad);
+        let (signal, value) = field("signal:")?.split_once('/').ok_or_else(bad)?;
+        let (how, target) = field("notify:")?.split_once('/').ok_or_else(bad)?;
+        let clock = field("ClockID:")?;
+        let (target_kind, target) = target.split_once('.').ok_or_else(bad)?;
+        let by_thread = target_kind == "tid";
+        let notify = match how {
+            "signal" if by_thread => libc::SIGEV_THREAD_ID,
+            "signal" => libc::SIGEV_SIGNAL,
+            "none" => libc::SIGEV_NONE,
+            "thread" => libc::SIGEV_THREAD,
+            _ => return Err(bad()),
+        };
+        let thread = match by_thread {
+            true => target.parse().ok().and_then(&namespace_tid).ok_or_else(bad)?,
+            false => NsPid(0),
+        };
+        timers.push(PosixTimer {
+            id,
+            clock: clock.parse().map_err(|_| bad())?,
+            notify,
+            signal: signal.parse().map_err(|_| bad())?,
+            value: u64::from_str_radix(value.trim_start_matches("0x"), 16).map_err(|_| bad())?,
+            thread,
+            value_ns: 0,
+            interval_ns: 0,
+        });
+    }
+    Ok(timers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timers_are_parsed_as_proc_pid_timers_shows_them() {
+        let text = "ID: 0\nsignal: 60/00007fff86e452a8\nnotify: signal/pid.2634\nClockID: 0\n\
+                    ID: 3\nsignal: 34/0000000000000007\nnotify: signal/tid.2640\nClockID: 1\n";
+        let timers = parse_timers(text, |host| (host == 2640).then_some(NsPid(7))).unwrap();
+        assert_eq!(timers.len(), 2);
+        let first = &timers[0];
+        assert_eq!((first.id, first.signal, first.value), (0, 60, 0x7fff86e452a8));
+        assert_eq!((first.notify, first.thread), (libc::SIGEV_SIGNAL, NsPid(0)));
+        let second = &timers[1];
+        assert_eq!(
+            (second.id, second.clock, second.notify, second.thread),
+            (3, 1, libc::SIGEV_THREAD_ID, NsPid(7))
+        );
+        assert!(parse_timers("ID: x\n", |_| None).is_err());
+    }
+}

@@ -1,0 +1,233 @@
+//! Stopping every thread of the container, and reading what only a stopped thread shows.
+
+use super::SourceProcess;
+use super::tree::{TreeError, read_threads};
+use pclive_sys::ptrace::{Seize, Tracee, restartable};
+use pclive_sys::script::{Arena, Borrowed, Outcome, Script, SyscallInstruction};
+use pclive_sys::thread::{robust_list, scheduling};
+use pclive_wire::manifest::{AltStack, Credentials, Thread, ThreadState};
+use pclive_wire::{HostPid, NsPid, VirtAddr};
+use std::collections::HashSet;
+
+/// Why threads could not be stopped or read.
+#[derive(Debug, thiserror::Error)]
+pub enum ThreadError {
+    /// The list of threads could not be read.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// A kernel interface said no.
+    #[error(transparent)]
+    Sys(#[from] pclive_sys::Error),
+    /// A call about a thread failed.
+    #[error("{call} on {tid}")]
+    Call {
+        /// Name of the call.
+        call: &'static str,
+        /// Thread.
+        tid: HostPid,
+        /// Why.
+        source: nix::Error,
+    },
+    /// `/proc` of a thread could not be read.
+    #[error("cannot read /proc/{pid}/task/{tid}")]
+    Proc {
+        /// Thread group.
+        pid: HostPid,
+        /// Thread.
+        tid: HostPid,
+        /// Why.
+        source: procfs::ProcError,
+    },
+}
+
+/// A thread that pclive has stopped.
+#[derive(Debug)]
+pub struct StoppedThread {
+    /// As the container numbers it.
+    pub ns_tid: NsPid,
+    /// The key to it.
+    pub tracee: Tracee,
+}
+
+/// A process all of whose threads are stopped. Dropping it lets them run again, by the kernel, when the tracing thread
+/// ends; [`StoppedProcess::resume`] does so at once.
+#[derive(Debug)]
+pub struct StoppedProcess {
+    /// Thread group id on this host.
+    pub pid: HostPid,
+    /// The leader first.
+    pub threads: Vec<StoppedThread>,
+}
+
+impl StoppedProcess {
+    /// Stops every thread of `process`, also those that are being made meanwhile.
+    pub fn stop(process: &SourceProcess) -> Result<Self, ThreadError> {
+        let mut threads: Vec<StoppedThread> = Vec::new();
+        loop {
+            let known: HashSet<NsPid> = threads.iter().map(|thread| thread.ns_tid).collect();
+            let new: Vec<_> = read_threads(process.pid)?
+                .into_iter()
+                .filter(|(_, inside)| !known.contains(inside))
+                .collect();
+            if new.is_empty() {
+                return Ok(Self { pid: process.pid, threads });
+            }
+            let first_new = threads.len();
+            for (tid, ns_tid) in new {
+                match Tracee::seize(tid, Seize::Source) {
+                    Ok(tracee) => {
+                        tracee.interrupt()?;
+                        threads.push(StoppedThread { ns_tid, tracee });
+                    }
+                    Err(e) if e.errno() == Some(nix::Error::ESRCH) => {} // ended meanwhile
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            let mut stopped = Vec::with_capacity(threads.len());
+            for (i, thread) in threads.into_iter().enumerate() {
+                match if i < first_new { Ok(()) } else { thread.tracee.wait_trap() } {
+                    Ok(()) => stopped.push(thread),
+                    Err(pclive_sys::Error::Gone(_)) => {}
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            threads = stopped;
+        }
+    }
+
+    /// The thread group leader.
+    pub fn leader(&self) -> &StoppedThread {
+        &self.threads[0]
+    }
+
+    /// Lets every thread run on.
+    pub fn resume(self) -> Result<(), ThreadError> {
+        for thread in self.threads {
+            thread.tracee.detach()?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads every thread of a stopped process. `arena` belongs to the process.
+pub fn capture_threads(
+    process: &StoppedProcess,
+    syscall: SyscallInstruction,
+    arena: &Arena,
+) -> Result<Vec<Thread>, ThreadError> {
+    process
+        .threads
+        .iter()
+        .map(|thread| {
+            let state = capture_thread(process.pid, thread, syscall, arena)?;
+            Ok(Thread { tid: thread.ns_tid, state: Some(Box::new(state)) })
+        })
+        .collect()
+}
+
+fn capture_thread(
+    pid: HostPid,
+    thread: &StoppedThread,
+    syscall: SyscallInstruction,
+    arena: &Arena,
+) -> Result<ThreadState, ThreadError> {
+    let tracee = &thread.tracee;
+    let tid = tracee.tid();
+    let questions = Questions::new();
+    let borrowed = Borrowed::new(tracee, syscall)?;
+    let registers = restartable(*borrowed.original().0);
+    let blocked = borrowed.original().1;
+    let answers = borrowed.run(arena, &questions.script)?;
+    borrowed.give_back()?;
+    let status = procfs::process::Process::new(pid.0)
+        .and_then(|process| process.task_from_tid(tid.0)?.status())
+        .map_err(|source| ThreadError::Proc { pid, tid, source })?;
+    let call_error = |call| move |source| ThreadError::Call { call, tid, source };
+    Ok(ThreadState {
+        registers,
+        xstate: tracee.xstate()?,
+        blocked,
+        pending: tracee.pending_signals(false)?,
+        altstack: questions.altstack(&answers),
+        robust_list: robust_list(tid).map_err(call_error("get_robust_list"))?,
+        clear_child_tid: questions.clear_child_tid(&answers),
+        rseq: tracee.rseq()?,
+        comm: questions.comm(&answers),
+        parent_death_signal: questions.parent_death_signal(&answers),
+        timer_slack_ns: questions.timer_slack(&answers),
+        credentials: credentials(&status, questions.securebits(&answers)),
+        scheduling: scheduling(tid).map_err(call_error("sched_getattr"))?,
+    })
+}
+
+/// What only the thread itself can be asked, as one script.
+struct Questions {
+    script: Script,
+    altstack: pclive_sys::script::DataRef,
+    tid_address: pclive_sys::script::DataRef,
+    comm: pclive_sys::script::DataRef,
+    death_signal: pclive_sys::script::DataRef,
+    timer_slack: pclive_sys::script::CallRef,
+    securebits: pclive_sys::script::CallRef,
+}
+
+impl Questions {
+    fn new() -> Self {
+        let mut script = Script::new();
+        let altstack = script.room(24);
+        let tid_address = script.room(8);
+        let comm = script.room(16);
+        let death_signal = script.room(4);
+        script.call("sigaltstack", libc::SYS_sigaltstack, [0.into(), altstack.into()]);
+        let mut prctl = |label, option: i32, argument: pclive_sys::script::Arg| {
+            script.call(label, libc::SYS_prctl, [option.into(), argument])
+        };
+        prctl("PR_GET_TID_ADDRESS", libc::PR_GET_TID_ADDRESS, tid_address.into());
+        prctl("PR_GET_NAME", libc::PR_GET_NAME, comm.into());
+        prctl("PR_GET_PDEATHSIG", libc::PR_GET_PDEATHSIG, death_signal.into());
+        let timer_slack = prctl("PR_GET_TIMERSLACK", libc::PR_GET_TIMERSLACK, 0.into());
+        let securebits = prctl("PR_GET_SECUREBITS", libc::PR_GET_SECUREBITS, 0.into());
+        Self { script, altstack, tid_address, comm, death_signal, timer_slack, securebits }
+    }
+
+    fn altstack(&self, answers: &Outcome) -> AltStack {
+        let raw = answers.data(self.altstack);
+        let word = |i: usize| u64::from_ne_bytes(raw[i..i + 8].try_into().expect("8 bytes"));
+        AltStack { sp: VirtAddr(word(0)), flags: word(8) as i32, size: word(16) }
+    }
+
+    fn clear_child_tid(&self, answers: &Outcome) -> VirtAddr {
+        VirtAddr(u64::from_ne_bytes(answers.data(self.tid_address).try_into().expect("8 bytes")))
+    }
+
+    fn comm(&self, answers: &Outcome) -> Vec<u8> {
+        answers.data(self.comm).split(|&byte| byte == 0).next().unwrap_or_default().to_vec()
+    }
+
+    fn parent_death_signal(&self, answers: &Outcome) -> i32 {
+        i32::from_ne_bytes(answers.data(self.death_signal).try_into().expect("4 bytes"))
+    }
+
+    fn timer_slack(&self, answers: &Outcome) -> u64 {
+        answers.result(self.timer_slack) as u64
+    }
+
+    fn securebits(&self, answers: &Outcome) -> u32 {
+        answers.result(self.securebits) as u32
+    }
+}
+
+fn credentials(status: &procfs::process::Status, securebits: u32) -> Credentials {
+    Credentials {
+        uids: [status.ruid, status.euid, status.suid, status.fuid],
+        gids: [status.rgid, status.egid, status.sgid, status.fgid],
+        groups: status.groups.iter().map(|&gid| gid as u32).collect(),
+        inheritable: status.capinh,
+        permitted: status.capprm,
+        effective: status.capeff,
+        bounding: status.capbnd.unwrap_or_default(),
+        ambient: status.capamb.unwrap_or_default(),
+        securebits,
+        no_new_privs: status.nonewprivs == Some(1),
+    }
+}

@@ -1,0 +1,210 @@
+//! Mappings: `/proc/PID/maps` and the flags of `smaps`.
+//!
+//! `smaps` walks the page tables of everything it prints, which takes milliseconds for each GiB. So it is read only when
+//! the text of `maps` has changed since; in the blackout that is usually never.
+
+use pclive_wire::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
+use pclive_wire::{HostPid, PageRange, VirtAddr};
+use procfs::FromRead;
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, VmFlags};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+/// Why mappings could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum VmaError {
+    /// A file under `/proc` could not be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file under `/proc` says something unknown.
+    #[error("cannot understand {path}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: procfs::ProcError,
+    },
+    /// A mapping of a kind that cannot be moved.
+    #[error("mapping {range} of {pid}: {reason}")]
+    Unsupported {
+        /// Whose.
+        pid: HostPid,
+        /// Where.
+        range: PageRange,
+        /// What it is.
+        reason: &'static str,
+    },
+}
+
+/// A mapping that cannot be moved, and why.
+pub type UnsupportedVma = (PageRange, &'static str);
+
+/// The mappings of one process, read again only when they changed.
+#[derive(Debug)]
+pub struct VmaReader {
+    pid: HostPid,
+    text: Vec<u8>,
+    vmas: Vec<Vma>,
+}
+
+impl VmaReader {
+    /// A reader that has read nothing yet.
+    pub fn new(pid: HostPid) -> Self {
+        Self { pid, text: Vec::new(), vmas: Vec::new() }
+    }
+
+    /// The mappings now, sorted. The first one that cannot be moved is an error.
+    pub fn read(&mut self) -> Result<&[Vma], VmaError> {
+        let text = read_file(&self.path("maps"))?;
+        if text != self.text {
+            let (vmas, unsupported) = self.read_all()?;
+            if let Some(&(range, reason)) = unsupported.first() {
+                return Err(VmaError::Unsupported { pid: self.pid, range, reason });
+            }
+            (self.text, self.vmas) = (text, vmas);
+        }
+        Ok(&self.vmas)
+    }
+
+    /// Every mapping that cannot be moved, for preflight.
+    pub fn survey(&self) -> Result<Vec<UnsupportedVma>, VmaError> {
+        self.read_all().map(|(_, unsupported)| unsupported)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        format!("/proc/{}/{name}", self.pid).into()
+    }
+
+    fn read_all(&self) -> Result<(Vec<Vma>, Vec<UnsupportedVma>), VmaError> {
+        let path = self.path("smaps");
+        let text = read_file(&path)?;
+        let maps = procfs::process::MemoryMaps::from_read(text.as_slice())
+            .map_err(|source| VmaError::Parse { path, source })?;
+        let (mut vmas, mut unsupported) = (Vec::new(), Vec::new());
+        for map in maps {
+            let range = PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1));
+            match self.convert(map, range) {
+                Ok(vma) => vmas.extend(vma),
+                Err(reason) => unsupported.push((range, reason)),
+            }
+        }
+        Ok((vmas, unsupported))
+    }
+
+    /// One mapping; none for those the kernel puts into every process alike.
+    fn convert(&self, map: MemoryMap, range: PageRange) -> Result<Option<Vma>, &'static str> {
+        let flags = map.extension.vm_flags;
+        let shared = map.perms.contains(MMPermissions::SHARED);
+        let Some(backing) = self.backing(&map, range, shared)? else { return Ok(None) };
+        if flags.intersects(VmFlags::IO | VmFlags::PF) && !matches!(backing, Backing::Special(_)) {
+            return Err("device memory");
+        }
+        if flags.contains(VmFlags::HT) {
+            return Err("huge pages of hugetlbfs");
+        }
+        let prot = [(MMPermissions::READ, 1), (MMPermissions::WRITE, 2), (MMPermissions::EXECUTE, 4)]
+            .into_iter()
+            .filter(|&(permission, _)| map.perms.contains(permission))
+            .fold(0, |prot, (_, bit)| prot | bit);
+        Ok(Some(Vma { range, prot, flags: vma_flags(flags), backing }))
+    }
+
+    fn backing(
+        &self,
+        map: &MemoryMap,
+        range: PageRange,
+        shared: bool,
+    ) -> Result<Option<Backing>, &'static str> {
+        let special = |which| Ok(Some(Backing::Special(which)));
+        match &map.pathname {
+            MMapPath::Vsyscall => Ok(None),
+            MMapPath::Vdso => special(SpecialMapping::Vdso),
+            MMapPath::Vvar => special(SpecialMapping::Vvar),
+            MMapPath::Other(name) if name == "[vvar_vclock]" || name == "vvar_vclock" => {
+                special(SpecialMapping::VvarVclock)
+            }
+            MMapPath::Path(path) => self.file_backing(path, map, range, shared).map(Some),
+            MMapPath::Vsys(_) => Err("System V shared memory"),
+            _ if shared => Err("shared anonymous memory"),
+            MMapPath::Anonymous | MMapPath::Heap | MMapPath::Stack | MMapPath::TStack(_) => {
+                Ok(Some(Backing::Anonymous))
+            }
+            MMapPath::Other(name) if name.starts_with("[anon:") || name.starts_with("anon:") => {
+                Ok(Some(Backing::Anonymous))
+            }
+            _ => Err("a mapping that only the kernel can make"),
+        }
+    }
+
+    fn file_backing(
+        &self,
+        path: &Path,
+        map: &MemoryMap,
+        range: PageRange,
+        shared: bool,
+    ) -> Result<Backing, &'static str> {
+        let name = path.as_os_str().as_bytes();
+        if name.starts_with(b"/dev/zero") || name.starts_with(b"/memfd:") || name.starts_with(b"/dev/shm/") {
+            return Err("shared memory (memfd, /dev/shm or MAP_SHARED of /dev/zero)");
+        }
+        if name.ends_with(b" (deleted)") {
+            return Err("a mapped file that was deleted");
+        }
+        if shared && map.extension.vm_flags.contains(VmFlags::MW) {
+            return Err("a writable shared mapping of a file");
+        }
+        // The mapped file itself, whatever the path names by now.
+        let mapped = self.path(&format!("map_files/{:x}-{:x}", range.start.0, range.end().0));
+        let metadata = std::fs::metadata(mapped).map_err(|_| "a mapped file that cannot be looked at")?;
+        if !metadata.is_file() {
+            return Err("a mapping of something that is not a regular file");
+        }
+        let path = path.as_os_str().to_owned().into_vec();
+        Ok(Backing::File { path, offset: map.offset, shared, size: metadata.len() })
+    }
+}
+
+fn vma_flags(flags: VmFlags) -> VmaFlags {
+    const TABLE: [(VmFlags, u16); 11] = [
+        (VmFlags::GD, VmaFlags::GROWSDOWN),
+        (VmFlags::NR, VmaFlags::NORESERVE),
+        (VmFlags::LO, VmaFlags::LOCKED),
+        (VmFlags::DC, VmaFlags::DONTFORK),
+        (VmFlags::WF, VmaFlags::WIPEONFORK),
+        (VmFlags::DD, VmaFlags::DONTDUMP),
+        (VmFlags::HG, VmaFlags::HUGEPAGE),
+        (VmFlags::NH, VmaFlags::NOHUGEPAGE),
+        (VmFlags::MG, VmaFlags::MERGEABLE),
+        (VmFlags::SR, VmaFlags::SEQUENTIAL),
+        (VmFlags::RR, VmaFlags::RANDOM),
+    ];
+    let set = TABLE.into_iter().filter(|&(kernel, _)| flags.contains(kernel));
+    VmaFlags(set.fold(0, |bits, (_, bit)| bits | bit))
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, VmaError> {
+    std::fs::read(path).map_err(|source| VmaError::Read { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_own_mappings_are_understood() {
+        let mut reader = VmaReader::new(HostPid(std::process::id() as i32));
+        let vmas = reader.read().unwrap();
+        assert!(vmas.windows(2).all(|pair| pair[0].range.end() <= pair[1].range.start));
+        let has = |backing: Backing| vmas.iter().any(|vma| vma.backing == backing);
+        assert!(has(Backing::Special(SpecialMapping::Vdso)) && has(Backing::Special(SpecialMapping::Vvar)));
+        assert!(vmas.iter().any(|vma| vma.flags.has(VmaFlags::GROWSDOWN)), "the stack");
+        let exe = std::env::current_exe().unwrap().into_os_string().into_vec();
+        let code = vmas.iter().find(|vma| matches!(&vma.backing, Backing::File { path, .. } if *path == exe));
+        assert!(code.is_some());
+    }
+}
