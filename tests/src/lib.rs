@@ -1,15 +1,19 @@
 //! What pclive is tested and measured with.
 //!
-//! - [`lab`]: two hosts and a client as network namespaces behind a switch, containers made of unmodified Debian
-//!   programs, and the `pclive` binary run on those hosts.
+//! - [`lab`]: two hosts and a client as network namespaces behind a switch, with containers made of unmodified Debian
+//!   programs.
 //! - [`load`]: a client for Redis and memcached that checks every answer and notices every gap.
 //! - [`workloads`]: programs that are moved and know afterwards whether everything is as it was.
+//! - [`pclive`]: the `pclive` program on the lab's hosts.
+//! - [`scene`]: all of these put together: a container under load that is ready to be moved.
 //!
 //! Nothing here links the `pclive` crate: the suites run its binary, as its users do.
 
-mod binaries;
 pub mod lab;
 pub mod load;
+pub mod pclive;
+mod programs;
+pub mod scene;
 pub mod workloads;
 
-pub use binaries::binary;
+pub use programs::Programs;

@@ -19,8 +19,9 @@ fn redis_answers_right_in_a_shaped_lab() -> Result<()> {
     let mut lab = Lab::new(Some(BitRate::GIGABIT))?;
     let redis = lab.add_container("redis", &Payload::redis())?;
     lab.source().start(&redis.name)?;
-    let spec = LoadSpec::new(Service::Redis, SocketAddr::from((redis.address, 6379)), 32 * MIB);
-    let mut load = LoadProcess::fill(lab.client(), &spec)?;
+    let server = SocketAddr::from((redis.address, 6379));
+    let spec = LoadSpec::new(Service::Redis, 32 * MIB);
+    let mut load = LoadProcess::fill(&lab, server, &spec)?;
     load.start()?;
     sleep(Duration::from_secs(1));
     load.mark("half")?;
@@ -45,9 +46,9 @@ fn memcached_answers_right_in_an_open_loop() -> Result<()> {
         pace: Pace::PerSecond(5_000.0),
         read_percent: 50,
         value_bytes: 100..=1000,
-        ..LoadSpec::new(Service::Memcached, server, 16 * MIB)
+        ..LoadSpec::new(Service::Memcached, 16 * MIB)
     };
-    let mut load = LoadProcess::fill(lab.client(), &spec)?;
+    let mut load = LoadProcess::fill(&lab, server, &spec)?;
     load.start()?;
     sleep(Duration::from_secs(2));
     let report = load.stop()?;
@@ -65,7 +66,7 @@ fn a_lost_write_is_a_wrong_answer() -> Result<()> {
     let redis = lab.add_container("redis", &Payload::redis())?;
     lab.source().start(&redis.name)?;
     let server = SocketAddr::from((redis.address, 6379));
-    let mut load = LoadProcess::fill(lab.client(), &LoadSpec::new(Service::Redis, server, MIB))?;
+    let mut load = LoadProcess::fill(&lab, server, &LoadSpec::new(Service::Redis, MIB))?;
     let port = server.port().to_string();
     let mut delete = lab.client().command("redis-cli");
     lab::run(delete.args(["-h", &server.ip().to_string(), "-p", &port, "DEL", "k0000000007"]))?;

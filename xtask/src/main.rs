@@ -1,2 +1,39 @@
-//! `cargo xtask setup|run|test|bench|vm`.
-fn main() {}
+//! `cargo xtask`: everything a developer of pclive does with one command.
+
+mod bench;
+mod build;
+mod experiment;
+mod run;
+mod setup;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Everything a developer of pclive does with one command")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing for building and testing pclive (Debian, as root)
+    Setup,
+    /// Move a Redis container under full load between two lab hosts and show what its clients see
+    Run(run::Options),
+    /// Run all tests
+    Test(test::Options),
+    /// Measure what the README promises, several times, as a table and as JSON
+    Bench(bench::Options),
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Setup => setup::setup(),
+        Task::Run(options) => run::run(&options),
+        Task::Test(options) => test::test(&options),
+        Task::Bench(options) => bench::bench(&options),
+    }
+}

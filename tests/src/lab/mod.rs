@@ -31,6 +31,8 @@ pub use host::{ContainerState, Host};
 pub use net::BitRate;
 pub use netns::Netns;
 
+use crate::Programs;
+
 /// Labs made by this process so far.
 static LABS: AtomicU32 = AtomicU32::new(0);
 /// The last byte of the first container's address.
@@ -43,6 +45,7 @@ const HOSTS: [&str; 2] = ["source", "destination"];
 pub struct Lab {
     id: String,
     dir: PathBuf,
+    programs: Programs,
     switch: Netns,
     client: Netns,
     source: Host,
@@ -62,11 +65,19 @@ pub struct Container {
 }
 
 impl Lab {
-    /// Makes a lab whose host links are shaped to `rate`, or not at all.
+    /// Makes a lab with the programs that were built beside the running one: see [`Self::with_programs`].
+    ///
+    /// # Errors
+    /// As [`Self::with_programs`].
+    pub fn new(rate: Option<BitRate>) -> Result<Self> {
+        Self::with_programs(Programs::beside_own()?, rate)
+    }
+
+    /// Makes a lab whose hosts have these programs and links shaped to `rate`, or not shaped at all.
     ///
     /// # Errors
     /// When not run as root, or a namespace or link cannot be made. What was made until then is removed.
-    pub fn new(rate: Option<BitRate>) -> Result<Self> {
+    pub fn with_programs(programs: Programs, rate: Option<BitRate>) -> Result<Self> {
         if !nix::unistd::geteuid().is_root() {
             bail!("the lab makes network namespaces and containers: run it as root");
         }
@@ -76,13 +87,19 @@ impl Lab {
         let id = format!("{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
         let dir = teardown::lab_dir(&id);
         let owner = teardown::claim(&dir)?;
-        Self::build(id.clone(), dir, owner, rate).inspect_err(|_| {
+        Self::build(id.clone(), dir, owner, programs, rate).inspect_err(|_| {
             // The error that is returned says what went wrong first; a second failure is the next sweep's.
             let _ = teardown::remove(&id);
         })
     }
 
-    fn build(id: String, dir: PathBuf, owner: File, rate: Option<BitRate>) -> Result<Self> {
+    fn build(
+        id: String,
+        dir: PathBuf,
+        owner: File,
+        programs: Programs,
+        rate: Option<BitRate>,
+    ) -> Result<Self> {
         let netns = |role: &str| Netns::create(format!("{}{role}", teardown::netns_prefix(&id)));
         let switch = netns("switch")?;
         net::make_switch(&switch)?;
@@ -96,7 +113,8 @@ impl Lab {
         };
         let source = host(1, HOSTS[0])?;
         let destination = host(2, HOSTS[1])?;
-        let lab = Self { id, dir, switch, client, source, destination, containers: 0, _owner: owner };
+        let lab =
+            Self { id, dir, programs, switch, client, source, destination, containers: 0, _owner: owner };
         lab.shape(rate)?;
         Ok(lab)
     }
@@ -114,6 +132,11 @@ impl Lab {
     /// The client's network.
     pub fn client(&self) -> &Netns {
         &self.client
+    }
+
+    /// The programs that run on its hosts.
+    pub fn programs(&self) -> &Programs {
+        &self.programs
     }
 
     /// A directory for files of this lab.

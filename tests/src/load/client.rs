@@ -1,10 +1,12 @@
 //! The load program: fills the server, runs the load until it is told to stop, reads everything back.
 //!
-//! It is told what to do by lines on its standard input: first a [`LoadSpec`] as JSON; then, when it has answered
+//! It is told what to do by lines on its standard input: first the server's address and a
+//! [`LoadSpec`] as JSON; then, when it has answered
 //! `filled`, `start`; then any number of `mark NAME`; then `stop`, or the end of its input. Then it prints a
 //! [`LoadReport`] as one line of JSON.
 
 use std::io::{BufRead, ErrorKind};
+use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -43,9 +45,10 @@ enum Command {
 pub fn serve_commands() -> Result<LoadReport> {
     let mut spec = String::new();
     std::io::stdin().lock().read_line(&mut spec).context("read the load's description")?;
-    let spec: LoadSpec = serde_json::from_str(&spec).context("the load's description")?;
+    let (server, spec): (SocketAddr, LoadSpec) =
+        serde_json::from_str(&spec).context("the load's description")?;
     let commands = read_commands();
-    let mut client = Client::connect(spec)?;
+    let mut client = Client::connect(server, spec)?;
     let fill_us = client.fill()?;
     println!("filled");
     match commands.recv() {
@@ -166,18 +169,18 @@ struct Client {
 }
 
 impl Client {
-    fn connect(spec: LoadSpec) -> Result<Self> {
+    fn connect(server: SocketAddr, spec: LoadSpec) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create")?;
         let mut connections = Vec::with_capacity(spec.connections);
         let end = Instant::now() + CONNECT_TIMEOUT;
         while connections.len() < spec.connections {
-            match Connection::open(spec.server) {
+            match Connection::open(server) {
                 Ok(connection) => {
                     epoll.add(&connection, interest(connections.len(), false)).context("epoll_ctl")?;
                     connections.push(Some(connection));
                 }
                 Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(10)),
-                Err(error) => return Err(error).with_context(|| format!("connect to {}", spec.server)),
+                Err(error) => return Err(error).with_context(|| format!("connect to {server}")),
             }
         }
         Ok(Self {

@@ -1,14 +1,14 @@
 //! The load program, started in the lab's client namespace.
 
 use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use anyhow::{Context, Result, bail};
 
 use super::report::LoadReport;
 use super::spec::LoadSpec;
-use crate::binary;
-use crate::lab::Netns;
+use crate::lab::Lab;
 
 /// A load program that has filled the server. It is killed when dropped.
 #[derive(Debug)]
@@ -19,13 +19,14 @@ pub struct LoadProcess {
 }
 
 impl LoadProcess {
-    /// Starts the program in `netns` and waits until all data is written.
+    /// Starts the program in the lab's client namespace and waits until all data is written.
     ///
     /// # Errors
     /// When it cannot be started or cannot reach the server.
-    pub fn fill(netns: &Netns, spec: &LoadSpec) -> Result<Self> {
-        let mut child = netns
-            .command(binary("load")?)
+    pub fn fill(lab: &Lab, server: SocketAddr, spec: &LoadSpec) -> Result<Self> {
+        let mut child = lab
+            .client()
+            .command(lab.programs().path("load")?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -33,7 +34,7 @@ impl LoadProcess {
         let input = child.stdin.take().expect("piped above");
         let output = BufReader::new(child.stdout.take().expect("piped above"));
         let mut load = Self { child, input, output };
-        load.tell(&serde_json::to_string(spec)?)?;
+        load.tell(&serde_json::to_string(&(server, spec))?)?;
         match load.line()?.as_str() {
             "filled" => Ok(load),
             other => bail!("the load program said {other:?} instead of `filled`"),

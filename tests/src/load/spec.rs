@@ -1,6 +1,5 @@
 //! What a load shall be.
 
-use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +11,16 @@ pub enum Service {
     Redis,
     /// memcached's text protocol: `get` and `set`.
     Memcached,
+}
+
+impl Service {
+    /// The port that its server listens on.
+    pub fn port(self) -> u16 {
+        match self {
+            Self::Redis => 6379,
+            Self::Memcached => 11211,
+        }
+    }
 }
 
 /// When requests are sent.
@@ -27,9 +36,7 @@ pub enum Pace {
 /// What the load program is told before it starts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LoadSpec {
-    /// The server.
-    pub server: SocketAddr,
-    /// Its protocol.
+    /// The server's protocol.
     pub service: Service,
     /// Connections, all open from the start to the end.
     pub connections: usize,
@@ -50,9 +57,8 @@ pub struct LoadSpec {
 impl LoadSpec {
     /// The load that figures are given for, on `data_bytes` of values: 16 connections at full load, values of 1 to
     /// 4 KiB, nine reads to a write, over all keys.
-    pub fn new(service: Service, server: SocketAddr, data_bytes: u64) -> Self {
+    pub fn new(service: Service, data_bytes: u64) -> Self {
         Self {
-            server,
             service,
             connections: 16,
             pace: Pace::FullLoad,

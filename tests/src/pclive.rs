@@ -1,0 +1,231 @@
+//! The `pclive` program on the lab's hosts, used by its command line as its users do.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::lab::{Host, Lab};
+
+/// The port that `pclive serve` listens on.
+const PORT: u16 = 7011;
+/// How long it may take until it does.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Exit codes of `pclive migrate`.
+pub mod exit {
+    /// The container runs at the destination.
+    pub const MOVED: i32 = 0;
+    /// The command line is wrong.
+    pub const USAGE: i32 = 2;
+    /// Preflight found obstacles; nothing was touched.
+    pub const OBSTACLES: i32 = 3;
+    /// It failed; the container runs on at the source.
+    pub const STAYED: i32 = 4;
+    /// Nobody knows which host has the container.
+    pub const UNKNOWN: i32 = 5;
+}
+
+/// A running `pclive serve`. It is killed when dropped.
+#[derive(Debug)]
+pub struct Serve {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Serve {
+    /// Starts it on the lab's destination and waits until it listens. Its log is `serve`.
+    ///
+    /// # Errors
+    /// When it ends or does not listen in time; the message has its log.
+    pub fn start(lab: &Lab) -> Result<Self> {
+        let host = lab.destination();
+        let address = SocketAddr::from((host.address(), PORT));
+        let mut command = host.command(lab.programs().path("pclive")?);
+        command.args(["serve", "--insecure", "--listen", &address.to_string(), "--root"]);
+        command.arg(host.runtime_root()).arg("--bundles").arg(host.bundles());
+        let mut serve = Self { child: spawn(command, host, "serve")?, address };
+        let end = Instant::now() + LISTEN_TIMEOUT;
+        while !host.log("serve").contains("listening on") {
+            if let Some(status) = serve.child.try_wait()? {
+                bail!("pclive serve: {status}: {}", host.log("serve"));
+            }
+            if Instant::now() > end {
+                bail!("pclive serve does not listen: {}", host.log("serve"));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(serve)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        kill(&mut self.child);
+    }
+}
+
+/// A running `pclive migrate`. It is killed when dropped.
+#[derive(Debug)]
+pub struct Migrate {
+    child: Child,
+    report: PathBuf,
+    output: PathBuf,
+}
+
+/// How a migration ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Its exit code; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// Its report, if it wrote one.
+    pub report: Option<MigrationReport>,
+    /// What it printed.
+    pub output: String,
+}
+
+impl Migrate {
+    /// Starts the migration of `container` to `serve` with further `options`. Its log is `migrate`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(lab: &Lab, container: &str, serve: SocketAddr, options: &[&str]) -> Result<Self> {
+        let host = lab.source();
+        let report = lab.dir().join("report.json");
+        // An earlier migration's report must not be taken for this one's.
+        let _ = fs::remove_file(&report);
+        let mut command = host.command(lab.programs().path("pclive")?);
+        command.args(["migrate", container, "--insecure", "--to", &serve.to_string(), "--root"]);
+        command.arg(host.runtime_root()).arg("--json").arg(&report).args(options);
+        Ok(Self { child: spawn(command, host, "migrate")?, report, output: host.logs().join("migrate") })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it ends.
+    ///
+    /// # Errors
+    /// When its report cannot be understood.
+    pub fn wait(mut self) -> Result<Outcome> {
+        let code = self.child.wait()?.code();
+        let report = match fs::read(&self.report) {
+            Ok(json) => Some(serde_json::from_slice(&json).context("the report of pclive migrate")?),
+            Err(_) => None,
+        };
+        let output = fs::read(&self.output).context("the output of pclive migrate")?;
+        Ok(Outcome { code, report, output: String::from_utf8_lossy(&output).into_owned() })
+    }
+}
+
+impl Drop for Migrate {
+    fn drop(&mut self) {
+        kill(&mut self.child);
+    }
+}
+
+fn spawn(mut command: std::process::Command, host: &Host, log: &str) -> Result<Child> {
+    let log = File::create(host.logs().join(log))?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command.spawn().with_context(|| format!("start {command:?}"))
+}
+
+fn kill(child: &mut Child) {
+    // It may have ended by itself.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// What `pclive migrate --json` writes: the part that is promised.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// The mode it ran in.
+    pub mode: String,
+    /// The tracker tier it used.
+    pub tracker: String,
+    /// The container.
+    pub container: String,
+    /// The rounds before and at the freeze.
+    pub rounds: Vec<Round>,
+    /// Pages that were zero and not sent.
+    pub zero_pages: u64,
+    /// Bytes on the wire.
+    pub bytes_sent: u64,
+    /// Sends without a copy.
+    pub zerocopy: Zerocopy,
+    /// From the freeze to the container running at the destination.
+    pub blackout_us: u64,
+    /// From the last byte received to the container running.
+    pub restore_us: u64,
+    /// The whole migration.
+    pub total_us: u64,
+    /// What the blackout was spent with.
+    pub phases: Vec<Phase>,
+    /// CPU time of pclive at the source.
+    pub source_cpu_us: u64,
+    /// CPU time of pclive at the destination.
+    pub destination_cpu_us: u64,
+    /// Peak memory of pclive's own processes at the destination.
+    pub destination_peak_rss_bytes: u64,
+    /// How it ended.
+    pub result: serde_json::Value,
+}
+
+/// One pass over a dirty set.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages sent.
+    pub pages: u64,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Pages found dirty.
+    pub dirty_pages: u64,
+    /// How long it took.
+    pub duration_us: u64,
+}
+
+/// What `MSG_ZEROCOPY` did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Zerocopy {
+    /// Sends that asked for it.
+    pub sends: u64,
+    /// Those that the kernel copied all the same.
+    pub copied: u64,
+}
+
+/// A part of the blackout.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Phase {
+    /// What was done.
+    pub name: String,
+    /// Where.
+    pub side: String,
+    /// When it started.
+    pub start_us: u64,
+    /// How long it took.
+    pub duration_us: u64,
+}

@@ -1,0 +1,94 @@
+//! A container under load at the source and a destination that waits for it: what most migrations here start from.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use crate::lab::{BitRate, Container, Lab, Payload};
+use crate::load::{LoadProcess, LoadReport, LoadSpec, Service};
+use crate::pclive::{Migrate, Outcome, Serve};
+use crate::programs::Programs;
+
+/// The mark in the load's report when the migration starts.
+pub const MIGRATE: &str = "migrate";
+/// The mark when it has ended.
+pub const MIGRATED: &str = "migrated";
+
+/// The stage is set and the load runs.
+#[derive(Debug)]
+pub struct Scene {
+    // Dropped in this order: whoever uses the lab ends before it.
+    load: LoadProcess,
+    serve: Serve,
+    container: Container,
+    lab: Lab,
+}
+
+impl Scene {
+    /// Starts the server and `pclive serve`, writes the data set, shapes the hosts' links and starts the load.
+    ///
+    /// # Errors
+    /// When any of them cannot be started.
+    pub fn set(programs: Programs, load: &LoadSpec, rate: Option<BitRate>) -> Result<Self> {
+        let mut lab = Lab::with_programs(programs, None)?;
+        let container = lab.add_container("service", &payload(load))?;
+        lab.source().start(&container.name)?;
+        let server = SocketAddr::from((container.address, load.service.port()));
+        // The data set is written before the links are shaped: that would only take longer.
+        let mut load = LoadProcess::fill(&lab, server, load)?;
+        lab.shape(rate)?;
+        let serve = Serve::start(&lab)?;
+        load.start()?;
+        Ok(Self { load, serve, container, lab })
+    }
+
+    /// Migrates the container with these options and marks start and end in the load's report.
+    ///
+    /// # Errors
+    /// When `pclive migrate` cannot be started. However it ends is in the outcome.
+    pub fn migrate(&mut self, options: &[&str]) -> Result<Outcome> {
+        self.load.mark(MIGRATE)?;
+        let outcome =
+            Migrate::start(&self.lab, &self.container.name, self.serve.address(), options)?.wait()?;
+        self.load.mark(MIGRATED)?;
+        Ok(outcome)
+    }
+
+    /// Stops the load and reads the data set back over links that are not shaped any more.
+    ///
+    /// # Errors
+    /// When the load program failed.
+    pub fn stop_load(self) -> Result<(LoadReport, Lab, Serve)> {
+        self.lab.shape(None)?;
+        Ok((self.load.stop()?, self.lab, self.serve))
+    }
+
+    /// The lab.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The container.
+    pub fn container(&self) -> &Container {
+        &self.container
+    }
+
+    /// The load.
+    pub fn load(&mut self) -> &mut LoadProcess {
+        &mut self.load
+    }
+
+    /// The destination's `pclive serve`.
+    pub fn serve(&mut self) -> &mut Serve {
+        &mut self.serve
+    }
+}
+
+/// The server for a load.
+fn payload(load: &LoadSpec) -> Payload {
+    match load.service {
+        Service::Redis => Payload::redis(),
+        // Its items need more than their values, and it must not evict any.
+        Service::Memcached => Payload::memcached(64 + (load.data_bytes >> 20) as u32 * 2),
+    }
+}

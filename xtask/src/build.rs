@@ -1,0 +1,54 @@
+//! Running cargo on this workspace.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use pclive_tests::Programs;
+
+/// A cargo command in the workspace.
+pub fn cargo<const N: usize>(args: [&str; N]) -> Command {
+    // Cargo tells which one it is; a plain `cargo` is right for someone who runs the program by hand.
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(workspace());
+    command
+}
+
+/// Runs a command whose output is the user's to see.
+///
+/// # Errors
+/// When it cannot be started or fails.
+pub fn show(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("start {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?}: {status}");
+    }
+    Ok(())
+}
+
+/// Builds the workspace's programs for measurements.
+///
+/// # Errors
+/// When they do not build.
+pub fn release_programs() -> Result<Programs> {
+    show(&mut cargo(["build", "--quiet", "--release", "--workspace", "--bins", "--exclude", "xtask"]))?;
+    let own = std::env::current_exe().context("find the running program")?;
+    let target = own.ancestors().nth(2).context("cargo puts programs into a profile's directory")?;
+    Ok(Programs::in_dir(target.join("release")))
+}
+
+/// Refuses to go on without root: namespaces, containers and eBPF need it.
+///
+/// # Errors
+/// When not run as root.
+pub fn need_root() -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "this makes namespaces, containers and eBPF programs: run it as root"
+    );
+    Ok(())
+}
+
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace")
+}

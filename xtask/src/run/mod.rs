@@ -1,0 +1,123 @@
+//! `cargo xtask run`: the main job, from an empty machine to a report.
+
+mod plot;
+mod timeline;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use pclive_tests::lab::BitRate;
+use pclive_tests::load::{LoadSpec, Service};
+
+use crate::build::{need_root, release_programs};
+use crate::experiment::{Experiment, Measurement, warm_up_memory};
+
+#[derive(Args)]
+pub struct Options {
+    /// Data set in MiB
+    #[arg(long, default_value_t = 1024)]
+    size: u64,
+    /// The part of the data set in MiB that the load reads and writes [default: all]
+    #[arg(long)]
+    hot: Option<u64>,
+    /// Reads among 100 requests
+    #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u8).range(0..=100))]
+    read_percent: u8,
+    /// Client connections
+    #[arg(long, default_value_t = 16)]
+    connections: usize,
+    /// Move memcached instead of Redis
+    #[arg(long)]
+    memcached: bool,
+    /// Rate of the hosts' links in Mbit/s, 0 for as fast as the machine can
+    #[arg(long, default_value_t = 1000)]
+    rate: u64,
+    /// How to migrate: one-shot, pclive or pclive-g
+    #[arg(long, default_value = "pclive-g")]
+    mode: String,
+    /// Further options of `pclive migrate`
+    #[arg(last = true)]
+    migrate: Vec<String>,
+}
+
+/// Moves the container and prints the report.
+///
+/// # Errors
+/// When it did not move, or a client got a wrong answer.
+pub fn run(options: &Options) -> Result<()> {
+    need_root()?;
+    let programs = release_programs()?;
+    let experiment = options.experiment();
+    // The container on both hosts, and what is around it.
+    warm_up_memory(experiment.load.data_bytes * 3 + (1 << 30));
+    println!("moving {} MiB at {} ...", options.size, options.rate_name());
+    let measurement = experiment.carry_out(&programs)?;
+    print_report(&measurement);
+    let complaint = measurement.load.complaint();
+    ensure!(complaint.is_none(), "clients were harmed: {}", complaint.unwrap_or_default());
+    Ok(())
+}
+
+impl Options {
+    fn experiment(&self) -> Experiment {
+        let service = if self.memcached { Service::Memcached } else { Service::Redis };
+        let data_bytes = self.size << 20;
+        let load = LoadSpec {
+            read_percent: self.read_percent,
+            connections: self.connections,
+            hot_bytes: self.hot.map_or(data_bytes, |hot| hot << 20),
+            ..LoadSpec::new(service, data_bytes)
+        };
+        let rate = (self.rate > 0).then_some(BitRate(self.rate * 1_000_000));
+        let mut options = vec!["--mode".to_owned(), self.mode.clone()];
+        options.extend(self.migrate.iter().cloned());
+        Experiment { load, rate, options }
+    }
+
+    fn rate_name(&self) -> String {
+        if self.rate == 0 { "full speed".into() } else { format!("{} Mbit/s", self.rate) }
+    }
+}
+
+fn print_report(measurement: &Measurement) {
+    let Measurement { migration, load } = measurement;
+    println!("\n{} with tracker {}: {}", migration.mode, migration.tracker, migration.result);
+    println!("\nround     pages       MiB     dirty        ms");
+    for (number, round) in migration.rounds.iter().enumerate() {
+        let (mib, ms) = (round.bytes as f64 / f64::from(1 << 20), round.duration_us as f64 / 1e3);
+        println!("{number:>5} {:>9} {mib:>9.1} {:>9} {ms:>9.1}", round.pages, round.dirty_pages);
+    }
+    println!("\nblackout {:.1} ms", migration.blackout_us as f64 / 1e3);
+    print!("{}", timeline::draw(&migration.phases));
+    println!("\nanswers per second, each column 0.1 s (^ from start to end of the migration)");
+    print!("{}", plot::draw(&load.throughput_10ms, measurement.migration_span_us()));
+    let (before, during) = (measurement.rate_before(), measurement.rate_during());
+    println!();
+    for (name, value) in [
+        ("longest gap without an answer", format!("{:.1} ms", measurement.gap().duration_us as f64 / 1e3)),
+        (
+            "longest gap of one connection",
+            format!("{:.1} ms", load.worst_connection_gap.duration_us as f64 / 1e3),
+        ),
+        ("restore", format!("{:.1} ms", migration.restore_us as f64 / 1e3)),
+        ("whole migration", format!("{:.2} s", migration.total_us as f64 / 1e6)),
+        ("sent", format!("{:.1} MiB", migration.bytes_sent as f64 / f64::from(1 << 20))),
+        (
+            "answers per second before, during",
+            format!("{before:.0}, {during:.0} ({:.0} %)", 100.0 * during / before),
+        ),
+        ("latency 50 %, 99 %, 99.9 %, worst", {
+            let latency = load.latency;
+            let ms =
+                [latency.p50_us, latency.p99_us, latency.p999_us, latency.max_us].map(|us| us as f64 / 1e3);
+            format!("{:.2}, {:.2}, {:.2}, {:.2} ms", ms[0], ms[1], ms[2], ms[3])
+        }),
+        ("pclive's memory at the destination", {
+            format!("{:.1} MiB", migration.destination_peak_rss_bytes as f64 / f64::from(1 << 20))
+        }),
+        ("answers, keys read back", format!("{}, {}", load.reads + load.writes, load.verified_keys)),
+        ("wrong answers", load.wrong_answers.to_string()),
+        ("broken connections", load.broken_connections.len().to_string()),
+    ] {
+        println!("{name:<36} {value}");
+    }
+}

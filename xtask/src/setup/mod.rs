@@ -1,0 +1,85 @@
+//! `cargo xtask setup`: installs what building and testing pclive needs. Does nothing where all is there.
+
+mod ebpf;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::build::{need_root, show};
+
+/// What the lab and the suites use.
+const PACKAGES: [&str; 11] = [
+    "bsdutils",
+    "build-essential",
+    "ca-certificates",
+    "crun",
+    "iproute2",
+    "iputils-arping",
+    "memcached",
+    "redis-server",
+    "redis-tools",
+    "runc",
+    "util-linux",
+];
+/// Debian asks this program before it starts an installed service; 101 forbids it.
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// Installs what is missing.
+///
+/// # Errors
+/// When not run as root, or a package cannot be installed.
+pub fn setup() -> Result<()> {
+    need_root()?;
+    let missing: Vec<_> = PACKAGES.into_iter().filter(|package| !is_installed(package)).collect();
+    if !missing.is_empty() {
+        println!("installing {}", missing.join(" "));
+        let _policy = NoServices::declare()?;
+        show(apt_get().args(["update", "--quiet=2"]))?;
+        show(apt_get().args(["install", "--yes", "--quiet=2", "--no-install-recommends"]).args(missing))?;
+    }
+    ebpf::install_ebpf_toolchain()?;
+    println!("everything is installed");
+    Ok(())
+}
+
+fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+fn is_installed(package: &str) -> bool {
+    let query =
+        Command::new("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", package]).output();
+    query.is_ok_and(|output| output.stdout == b"installed")
+}
+
+/// While it exists, installing a server's package does not start the server.
+struct NoServices {
+    ours: bool,
+}
+
+impl NoServices {
+    fn declare() -> Result<Self> {
+        let ours = !Path::new(POLICY).exists();
+        if ours {
+            fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
+            fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(Self { ours })
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.ours
+            && let Err(error) = fs::remove_file(POLICY)
+        {
+            eprintln!("remove {POLICY}: {error}");
+        }
+    }
+}
