@@ -6,11 +6,14 @@ pub mod kcmp;
 pub mod mem;
 pub mod mountns;
 pub mod namespace;
+pub mod owner;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
 pub mod script;
+pub mod signalfd;
 pub mod thread;
+pub mod timerfd;
 pub mod uffd;
 
 use nix::errno::Errno;
