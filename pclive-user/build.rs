@@ -11,6 +11,8 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
+/// Seen from this package's directory, where cargo runs build scripts.
+const EBPF_CRATE: &str = "../pclive-ebpf";
 const REMEDY: &str = "run `cargo xtask setup`";
 
 fn main() -> ExitCode {
@@ -25,9 +27,8 @@ fn main() -> ExitCode {
 
 fn build() -> Result<(), String> {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets no OUT_DIR")?);
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("pclive-ebpf");
     for input in ["src", "abi/src", "abi/Cargo.toml", "Cargo.toml", "Cargo.lock", ".cargo/config.toml"] {
-        println!("cargo::rerun-if-changed={}", root.join(input).display());
+        println!("cargo::rerun-if-changed={EBPF_CRATE}/{input}");
     }
 
     let mut cargo = Toolchain::find()?.cargo();
@@ -40,7 +41,7 @@ fn build() -> Result<(), String> {
         .arg("--target-dir")
         .arg(shared_target_dir(&out_dir))
         .env("PATH", path)
-        .current_dir(&root)
+        .current_dir(EBPF_CRATE)
         .stdin(Stdio::null())
         .output()
         .map_err(|error| format!("running {cargo:?}: {error}"))?;

@@ -23,7 +23,7 @@ static LOST: PerCpuArray<u64, 2> = PerCpuArray::new();
 /// Reports a write fault at the page that holds `address`.
 #[inline(always)]
 pub fn write<C: EbpfContext>(ctx: &C, address: u64, tgid: u32, tid: u32) {
-    match WRITES.reserve(NO_WAKEUP) {
+    match WRITES.reserve(0) {
         Some(mut entry) => {
             entry.write(event(Kind::Write, address, tgid, tid));
             entry.submit(NO_WAKEUP);
@@ -35,7 +35,7 @@ pub fn write<C: EbpfContext>(ctx: &C, address: u64, tgid: u32, tid: u32) {
 /// Reports a change of an address space or of a process's life.
 #[inline(always)]
 pub fn change<C: EbpfContext>(ctx: &C, kind: Kind, address: u64, tgid: u32, extra: u32) {
-    match CHANGES.reserve(NO_WAKEUP) {
+    match CHANGES.reserve(0) {
         Some(mut entry) => {
             entry.write(event(kind, address, tgid, extra));
             entry.submit(NO_WAKEUP);

@@ -1,3 +1,12 @@
 //! Dirty sets: which pages were written since they were last read for sending.
 
+pub mod btf;
+pub mod cgroup;
+pub mod heat;
+pub mod observer;
 pub mod pageset;
+pub mod tier;
+
+pub use heat::Heat;
+pub use observer::WriteObserver;
+pub use tier::Tier;
