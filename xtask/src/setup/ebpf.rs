@@ -10,7 +10,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+
+use super::apt_get;
+use crate::build::show;
 
 /// Debian's compiler. Not `rustc`, which may be rustup's stable.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
@@ -40,7 +43,8 @@ pub fn install_ebpf_toolchain() -> Result<()> {
         .env("LLVM_PREFIX", prefix)
         // `cargo xtask` runs in the workspace's settings; the linker has its own target directory.
         .env_remove("CARGO_TARGET_DIR");
-    run(&mut cargo)
+    println!("building bpf-linker");
+    show(&mut cargo)
 }
 
 /// `rustc -vV` of the compiler that the build script will choose, if there is one.
@@ -75,19 +79,9 @@ fn apt_install(packages: &[String]) -> Result<()> {
         Path::new("/usr/bin/apt-get").exists(),
         "this is no Debian: install a rustup nightly with rust-src, and bpf-linker, yourself"
     );
-    run(Command::new("apt-get").args(["update", "--quiet"]))?;
-    run(Command::new("apt-get")
-        .args(["install", "--yes", "--quiet", "--no-install-recommends"])
-        .args(packages)
-        .env("DEBIAN_FRONTEND", "noninteractive"))
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let status = command.stdin(Stdio::null()).status().with_context(|| format!("running {command:?}"))?;
-    if !status.success() {
-        bail!("{command:?}: {status}");
-    }
-    Ok(())
+    println!("installing {}", packages.join(" "));
+    show(apt_get().args(["update", "--quiet=2"]))?;
+    show(apt_get().args(["install", "--yes", "--quiet=2", "--no-install-recommends"]).args(packages))
 }
 
 fn output_of(command: &mut Command) -> Option<String> {
