@@ -19,6 +19,7 @@ pub mod tcp;
 pub mod thread;
 pub mod timerfd;
 pub mod uffd;
+pub mod zerocopy;
 
 use nix::errno::Errno;
 use pclive_wire::{HostPid, PageRange, VirtAddr};

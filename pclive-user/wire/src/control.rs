@@ -24,7 +24,7 @@ use crate::manifest::Manifest;
 use crate::phase::Phase;
 use crate::units::Round;
 use crate::validate::ManifestError;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt;
 
 /// The first message of a connection: what the connection is.
@@ -120,6 +120,28 @@ pub enum SourceMessage {
     Abort(AbortReason),
     /// The source's copy is gone.
     Destroyed,
+}
+
+/// A message of one direction, checked as a whole when it arrives.
+pub trait Message: Serialize + DeserializeOwned + fmt::Debug {
+    /// Checks everything that can be checked without knowing what came before.
+    fn validate(&self) -> Result<(), ManifestError>;
+}
+
+impl Message for SourceMessage {
+    fn validate(&self) -> Result<(), ManifestError> {
+        match self {
+            Self::Manifest(manifest) => manifest.validate(),
+            Self::RoundEnd(_) | Self::Commit | Self::Abort(_) | Self::Destroyed => Ok(()),
+        }
+    }
+}
+
+impl Message for DestinationMessage {
+    /// Numbers and texts for reports: nothing that the source acts on.
+    fn validate(&self) -> Result<(), ManifestError> {
+        Ok(())
+    }
 }
 
 /// What a round consisted of, for the destination to compare with what arrived.
