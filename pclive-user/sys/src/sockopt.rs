@@ -11,10 +11,20 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Reads an option into `buffer`; returns the length of the value, at most the buffer's.
 ///
 /// # Errors
-/// `ENOPROTOOPT` if the kernel or the protocol does not know the option.
+/// `ENOPROTOOPT` if the kernel or the protocol does not know the option, or it is one of those for which the kernel
+/// writes elsewhere than into `len` bytes of `buffer`.
 pub fn get(socket: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> nix::Result<usize> {
+    /// `linux/tcp.h`.
+    const TCP_ZEROCOPY_RECEIVE: i32 = 35;
+    if matches!(
+        (level, name),
+        (libc::SOL_SOCKET, libc::SO_GET_FILTER) | (libc::IPPROTO_TCP, TCP_ZEROCOPY_RECEIVE)
+    ) {
+        return Err(Errno::ENOPROTOOPT);
+    }
     let mut len = buffer.len() as libc::socklen_t;
-    // SAFETY: `buffer` is writable for the `len` bytes that the kernel is told of; it writes no more.
+    // SAFETY: `buffer` is writable for the `len` bytes that the kernel is told of, and it writes no more: the exceptions,
+    // one that counts in instructions and one that maps memory at an address in the buffer, have been refused.
     let result = unsafe {
         libc::getsockopt(socket.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len)
     };
@@ -58,6 +68,41 @@ pub fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> nix::Result<i32
 /// As [`set`].
 pub fn set_int(socket: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> nix::Result<()> {
     set(socket, level, name, &value.to_ne_bytes())
+}
+
+/// Whether a filter program is attached to the socket (`SO_GET_FILTER`, Linux 3.8).
+///
+/// # Errors
+/// The kernel's.
+pub fn has_filter(socket: BorrowedFd<'_>) -> nix::Result<bool> {
+    let mut instructions: libc::socklen_t = 0;
+    // SAFETY: with a length of 0 the kernel writes nothing but the number of instructions to `instructions`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_GET_FILTER,
+            std::ptr::null_mut(),
+            &raw mut instructions,
+        )
+    };
+    match Errno::result(result) {
+        Ok(_) => Ok(instructions > 0),
+        // An eBPF program, which has no classic form to show.
+        Err(Errno::EACCES) => Ok(true),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// What `poll(2)` says of a socket now: `POLLRDHUP`, `POLLERR`, `POLLHUP`, which nix's flags lack in part.
+///
+/// # Errors
+/// The kernel's.
+pub fn poll_now(socket: BorrowedFd<'_>) -> nix::Result<i16> {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: `poll` is one pollfd, and the count says so.
+    let result = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    Errno::result(result).map(|_| poll.revents)
 }
 
 /// Bytes that can be read (`SIOCINQ`). For a unix datagram socket: the length of the first message.
