@@ -7,6 +7,8 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::lab::{Host, Lab};
@@ -15,6 +17,8 @@ use crate::lab::{Host, Lab};
 const PORT: u16 = 7011;
 /// How long it may take until it does.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a migration may take, whatever happens to it.
+const MIGRATE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Exit codes of `pclive migrate`.
 pub mod exit {
@@ -38,12 +42,11 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Starts it on the lab's destination and waits until it listens. Its log is `serve`.
+    /// Starts it on `host` and waits until it listens. Its log is `serve`.
     ///
     /// # Errors
     /// When it ends or does not listen in time; the message has its log.
-    pub fn start(lab: &Lab) -> Result<Self> {
-        let host = lab.destination();
+    pub fn start(lab: &Lab, host: &Host) -> Result<Self> {
         let address = SocketAddr::from((host.address(), PORT));
         let mut command = host.command(lab.programs().path("pclive")?);
         command.args(["serve", "--insecure", "--listen", &address.to_string(), "--root"]);
@@ -67,9 +70,14 @@ impl Serve {
         self.address
     }
 
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When it is gone already.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("kill pclive serve")?;
+        self.child.wait()?;
+        Ok(())
     }
 
     /// Whether it still runs.
@@ -107,12 +115,17 @@ pub struct Outcome {
 }
 
 impl Migrate {
-    /// Starts the migration of `container` to `serve` with further `options`. Its log is `migrate`.
+    /// Starts the migration of `container` from `host` to `serve` with further `options`. Its log is `migrate`.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(lab: &Lab, container: &str, serve: SocketAddr, options: &[&str]) -> Result<Self> {
-        let host = lab.source();
+    pub fn start(
+        lab: &Lab,
+        host: &Host,
+        container: &str,
+        serve: SocketAddr,
+        options: &[&str],
+    ) -> Result<Self> {
         let report = lab.dir().join("report.json");
         // An earlier migration's report must not be taken for this one's.
         let _ = fs::remove_file(&report);
@@ -122,17 +135,29 @@ impl Migrate {
         Ok(Self { child: spawn(command, host, "migrate")?, report, output: host.logs().join("migrate") })
     }
 
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        nix::sys::signal::kill(Pid::from_raw(self.child.id() as i32), signal).context("signal pclive migrate")
     }
 
     /// Waits until it ends.
     ///
     /// # Errors
-    /// When its report cannot be understood.
+    /// When it does not, or its report cannot be understood.
     pub fn wait(mut self) -> Result<Outcome> {
-        let code = self.child.wait()?.code();
+        let end = Instant::now() + MIGRATE_TIMEOUT;
+        let code = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status.code();
+            }
+            if Instant::now() > end {
+                bail!("pclive migrate does not end: {}", fs::read_to_string(&self.output)?);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
         let report = match fs::read(&self.report) {
             Ok(json) => Some(serde_json::from_slice(&json).context("the report of pclive migrate")?),
             Err(_) => None,

@@ -37,7 +37,7 @@ impl Scene {
         // The data set is written before the links are shaped: that would only take longer.
         let mut load = LoadProcess::fill(&lab, server, load)?;
         lab.shape(rate)?;
-        let serve = Serve::start(&lab)?;
+        let serve = Serve::start(&lab, lab.destination())?;
         load.start()?;
         Ok(Self { load, serve, container, lab })
     }
@@ -48,10 +48,34 @@ impl Scene {
     /// When `pclive migrate` cannot be started. However it ends is in the outcome.
     pub fn migrate(&mut self, options: &[&str]) -> Result<Outcome> {
         self.load.mark(MIGRATE)?;
-        let outcome =
-            Migrate::start(&self.lab, &self.container.name, self.serve.address(), options)?.wait()?;
+        let outcome = self.start_migration(options)?.wait()?;
         self.load.mark(MIGRATED)?;
         Ok(outcome)
+    }
+
+    /// Starts the migration and does not wait for its end, nor mark anything.
+    ///
+    /// # Errors
+    /// When `pclive migrate` cannot be started.
+    pub fn start_migration(&self, options: &[&str]) -> Result<Migrate> {
+        Migrate::start(&self.lab, self.lab.source(), &self.container.name, self.serve.address(), options)
+    }
+
+    /// Kills `pclive serve`, as a crash of it would.
+    ///
+    /// # Errors
+    /// When it is gone already.
+    pub fn kill_serve(&mut self) -> Result<()> {
+        self.serve.kill()
+    }
+
+    /// Starts `pclive serve` again.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn restart_serve(&mut self) -> Result<()> {
+        self.serve = Serve::start(&self.lab, self.lab.destination())?;
+        Ok(())
     }
 
     /// Stops the load and reads the data set back over links that are not shaped any more.

@@ -15,6 +15,12 @@ pub(super) fn lab_path(id: &str) -> String {
     format!("/pclive-lab/{id}")
 }
 
+/// The cgroup of that path in each hierarchy that has it.
+pub(super) fn existing(path: &str) -> Result<Vec<PathBuf>> {
+    let below = path.trim_start_matches('/');
+    Ok(hierarchies()?.into_iter().map(|root| root.join(below)).filter(|cgroup| cgroup.exists()).collect())
+}
+
 /// Removes the cgroups of a lab, which must be empty of processes, in every hierarchy.
 pub(super) fn remove(id: &str) -> Result<()> {
     for root in hierarchies()? {

@@ -14,6 +14,7 @@ use super::netns::Netns;
 /// One of the two hosts.
 #[derive(Debug)]
 pub struct Host {
+    role: String,
     netns: Netns,
     address: std::net::Ipv4Addr,
     dir: PathBuf,
@@ -31,12 +32,17 @@ pub struct ContainerState {
 }
 
 impl Host {
-    pub(super) fn new(netns: Netns, address: std::net::Ipv4Addr, dir: PathBuf) -> Result<Self> {
-        let host = Self { netns, address, dir };
+    pub(super) fn new(role: String, netns: Netns, address: std::net::Ipv4Addr, dir: PathBuf) -> Result<Self> {
+        let host = Self { role, netns, address, dir };
         for dir in [host.bundles(), host.runtime_root(), host.logs()] {
             fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
         Ok(host)
+    }
+
+    /// What it is called in the lab: `source` or `destination`, whichever way containers go.
+    pub fn role(&self) -> &str {
+        &self.role
     }
 
     /// Its address in the lab's network.

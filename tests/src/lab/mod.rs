@@ -17,6 +17,7 @@ mod host;
 pub mod net;
 mod netns;
 mod teardown;
+mod traces;
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
@@ -30,6 +31,7 @@ pub use command::run;
 pub use host::{ContainerState, Host};
 pub use net::BitRate;
 pub use netns::Netns;
+pub use traces::injected;
 
 use crate::Programs;
 
@@ -109,7 +111,7 @@ impl Lab {
             let host = netns(role)?;
             let address = net::address(number);
             net::connect_host(&switch, &host, &port(number), address)?;
-            Host::new(host, address, dir.join(role))
+            Host::new(role.to_owned(), host, address, dir.join(role))
         };
         let source = host(1, HOSTS[0])?;
         let destination = host(2, HOSTS[1])?;
@@ -170,16 +172,21 @@ impl Lab {
         let number = FIRST_CONTAINER + self.containers;
         let address = net::address(number);
         self.containers += 1;
-        for (host, role) in [(&self.source, HOSTS[0]), (&self.destination, HOSTS[1])] {
+        for host in [&self.source, &self.destination] {
             let netns = Netns::create(host::container_netns_name(host.netns(), name))?;
             net::attach_container(host.netns(), &netns, number, address)?;
-            let cgroup = format!("{}/{role}/{name}", cgroup::lab_path(&self.id));
-            let placement = bundle::Placement { name, netns: netns.path(), cgroup };
+            let placement =
+                bundle::Placement { name, netns: netns.path(), cgroup: self.cgroup_path(host, name) };
             let bundle = host.bundles().join(name);
             fs::create_dir(&bundle).with_context(|| format!("create {}", bundle.display()))?;
             bundle::make(&bundle, payload, &placement)?;
         }
         Ok(Container { name: name.to_owned(), address })
+    }
+
+    /// The cgroup of a container on a host, below the root of each hierarchy.
+    fn cgroup_path(&self, host: &Host, container: &str) -> String {
+        format!("{}/{}/{container}", cgroup::lab_path(&self.id), host.role())
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -68,6 +69,21 @@ impl Netns {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
         command
+    }
+
+    /// Calls `action` in a thread that is in this namespace: a socket made there stays there.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, action: impl FnOnce() -> T + Send) -> Result<T> {
+        let file = fs::File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                setns(file, CloneFlags::CLONE_NEWNET).context("setns")?;
+                Ok(action())
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     /// Runs lines of `ip` commands in this namespace.
