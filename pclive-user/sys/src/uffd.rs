@@ -4,10 +4,10 @@
 //! Own ioctls rather than the `userfaultfd` crate: version 0.9 of it neither knows `UFFD_FEATURE_WP_ASYNC` nor adopts a
 //! descriptor that was made in another process, and turns `EAGAIN` of `UFFDIO_COPY` into a huge byte count.
 
-use crate::{Error, Result, check_range};
+use crate::{Error, Result, check, check_range};
 use nix::errno::Errno;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Argument of `userfaultfd(2)`: close-on-exec, and without the right to handle faults that the kernel makes for a system
 /// call (which needs no capability; Linux 5.11). Tracking sees those writes all the same.
@@ -98,6 +98,16 @@ pub struct Uffd {
 }
 
 impl Uffd {
+    /// A userfaultfd of pclive's own address space.
+    pub fn of_self(features: Features) -> Result<Self> {
+        let pid = HostPid(std::process::id() as i32);
+        // SAFETY: the call takes no pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, CREATE_FLAGS) };
+        let fd = check("userfaultfd", pid, fd)?;
+        // SAFETY: the kernel has just given this descriptor to us, and to nobody else.
+        Self::adopt(unsafe { OwnedFd::from_raw_fd(fd as i32) }, pid, features)
+    }
+
     /// Takes over a userfaultfd that `pid` has just made, and shakes hands.
     ///
     /// Fails with `EINVAL` where the kernel lacks a feature.
