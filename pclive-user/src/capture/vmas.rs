@@ -120,14 +120,11 @@ impl VmaReader {
         range: PageRange,
         shared: bool,
     ) -> Result<Option<Backing>, &'static str> {
-        let special = |which| Ok(Some(Backing::Special(which)));
+        if let Some(special) = special_mapping(&map.pathname) {
+            return Ok(Some(Backing::Special(special)));
+        }
         match &map.pathname {
             MMapPath::Vsyscall => Ok(None),
-            MMapPath::Vdso => special(SpecialMapping::Vdso),
-            MMapPath::Vvar => special(SpecialMapping::Vvar),
-            MMapPath::Other(name) if name == "[vvar_vclock]" || name == "vvar_vclock" => {
-                special(SpecialMapping::VvarVclock)
-            }
             MMapPath::Path(path) => self.file_backing(path, map, range, shared).map(Some),
             MMapPath::Vsys(_) => Err("System V shared memory"),
             _ if shared => Err("shared anonymous memory"),
@@ -166,6 +163,18 @@ impl VmaReader {
         }
         let path = path.as_os_str().to_owned().into_vec();
         Ok(Backing::File { path, offset: map.offset, shared, size: metadata.len() })
+    }
+}
+
+/// Which of the kernel's special mappings a name means.
+pub fn special_mapping(name: &MMapPath) -> Option<SpecialMapping> {
+    match name {
+        MMapPath::Vdso => Some(SpecialMapping::Vdso),
+        MMapPath::Vvar => Some(SpecialMapping::Vvar),
+        MMapPath::Other(name) if name.trim_matches(['[', ']']) == "vvar_vclock" => {
+            Some(SpecialMapping::VvarVclock)
+        }
+        _ => None,
     }
 }
 

@@ -1,7 +1,14 @@
 //! Builds the container at the destination: the mirror image of [`crate::capture`], file by file.
 
+mod descriptors;
 pub mod files;
+pub mod memory;
+pub mod parked;
+mod process;
+pub mod skeleton;
 pub mod sockets;
+mod threads;
+mod vmas;
 
 use pclive_wire::HostPid;
 use std::os::fd::OwnedFd;

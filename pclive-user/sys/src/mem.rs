@@ -48,6 +48,18 @@ impl ProcessMemory {
         })
     }
 
+    /// Like [`ProcessMemory::write`], up to the first page that cannot be written; returns the bytes written, at least
+    /// one page.
+    pub fn write_some(&self, addr: VirtAddr, bytes: &[u8]) -> Result<usize> {
+        loop {
+            match self.mem.write_at(bytes, addr.0) {
+                Ok(written) => return Ok(written),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(Error::Memory { access: "write", pid: self.pid, addr, source }),
+            }
+        }
+    }
+
     /// Reads the pages of `ranges`, one after the other, into `buffer`. Returns the pages that could not be read because
     /// they were unmapped meanwhile (indices into the sequence of all pages); their bytes in `buffer` are undefined.
     pub fn read_pages(&self, ranges: &[PageRange], buffer: &mut [u8]) -> Result<Vec<usize>> {

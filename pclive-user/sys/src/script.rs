@@ -294,12 +294,19 @@ impl Script {
 pub struct Outcome {
     data: Vec<u8>,
     results: Vec<i64>,
+    children: Vec<HostPid>,
 }
 
 impl Outcome {
     /// What a call returned (a negative error number if it failed and that was allowed).
     pub fn result(&self, call: CallRef) -> i64 {
         self.results[call.0]
+    }
+
+    /// The processes and threads that its calls made, in order, if the thread was attached with
+    /// [`crate::ptrace::Seize::Skeleton`]. Each is attached too and about to stop.
+    pub fn children(&self) -> &[HostPid] {
+        &self.children
     }
 
     /// The data as the calls left it.
@@ -319,6 +326,11 @@ impl Arena {
     /// Where it is.
     pub fn range(&self) -> PageRange {
         self.range
+    }
+
+    /// Where a script's data and calls begin.
+    fn image(&self) -> VirtAddr {
+        self.range.start.offset(DATA_OFFSET as u64)
     }
 }
 
@@ -408,20 +420,65 @@ impl<'t> Borrowed<'t> {
 
     /// Unmaps an arena.
     pub fn unmap_arena(&self, arena: Arena) -> Result<()> {
-        let range = arena.range;
-        self.call("munmap of the script arena", libc::SYS_munmap, [range.start.0, range.bytes()]).map(drop)
+        self.unmap(arena.range)
+    }
+
+    /// Unmaps a range.
+    pub fn unmap(&self, range: PageRange) -> Result<()> {
+        self.call("munmap", libc::SYS_munmap, [range.start.0, range.bytes()]).map(drop)
     }
 
     /// Runs a script to its end, or to the first call that does not return what it must.
     pub fn run(&self, arena: &Arena, script: &Script) -> Result<Outcome> {
+        let mut image = self.load(arena, script)?;
+        let children = self.run_to_trap()?;
+        let left = self.tracee.registers()?.r12 as usize;
+        arena.memory.read(arena.image(), &mut image)?;
+        let calls = image.split_off(script.calls_offset() - DATA_OFFSET);
+        let results: Vec<i64> = calls
+            .chunks_exact(CALL_SIZE)
+            .map(|call| i64::from_ne_bytes(call[56..64].try_into().expect("8 bytes")))
+            .collect();
+        match left {
+            0 => Ok(Outcome { data: image, results, children }),
+            _ => Err(self.script_error(script, &results, script.calls.len().saturating_sub(left))),
+        }
+    }
+
+    /// Runs a script that ends with an exec, up to the moment when the new program is in place
+    /// (`PTRACE_EVENT_EXEC`, which [`crate::ptrace::Seize::Skeleton`] asks for).
+    pub fn run_to_exec(self, arena: &Arena, script: &Script) -> Result<()> {
+        self.load(arena, script)?;
+        self.tracee.resume(0)?;
+        match self.tracee.wait()? {
+            Stop::Event(libc::PTRACE_EVENT_EXEC) => Ok(()),
+            Stop::Signal(libc::SIGTRAP) => {
+                let left = self.tracee.registers()?.r12 as usize;
+                let failed = script.calls.len().saturating_sub(left);
+                let mut result = [0; 8];
+                let at = script.calls_offset() + failed * CALL_SIZE + 56;
+                arena.memory.read(arena.range.start.offset(at as u64), &mut result)?;
+                let errno = failure(i64::from_ne_bytes(result)).unwrap_or(Errno::UnknownErrno);
+                Err(Error::ScriptCall {
+                    tid: self.tracee.tid(),
+                    label: script.calls[failed].label.clone(),
+                    errno,
+                })
+            }
+            Stop::Gone(_) => Err(Error::Gone(self.tracee.tid())),
+            stop => Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
+        }
+    }
+
+    /// Puts a script into the arena and points the thread at it; returns the script's image.
+    fn load(&self, arena: &Arena, script: &Script) -> Result<Vec<u8>> {
         let capacity = arena.range.bytes() as usize;
         if script.size() > capacity {
             return Err(Error::ScriptTooLarge { len: script.size(), capacity });
         }
         let base = arena.range.start;
-        let mut image = script.assemble(base);
-        let image_at = base.offset(DATA_OFFSET as u64);
-        arena.memory.write(image_at, &image)?;
+        let image = script.assemble(base);
+        arena.memory.write(arena.image(), &image)?;
         self.tracee.set_registers(&Registers {
             rip: base.0,
             rbx: base.0 + script.calls_offset() as u64,
@@ -431,25 +488,31 @@ impl<'t> Borrowed<'t> {
             orig_rax: u64::MAX,
             ..self.registers
         })?;
-        self.tracee.resume(0)?;
-        self.expect_stop(Stop::Signal(libc::SIGTRAP))?;
-        let left = self.tracee.registers()?.r12 as usize;
-        arena.memory.read(image_at, &mut image)?;
-        let calls = image.split_off(script.calls_offset() - DATA_OFFSET);
-        let results: Vec<i64> = calls
-            .chunks_exact(CALL_SIZE)
-            .map(|call| i64::from_ne_bytes(call[56..64].try_into().expect("8 bytes")))
-            .collect();
-        match left {
-            0 => Ok(Outcome { data: image, results }),
-            _ => Err(self.script_error(script, &results, script.calls.len().saturating_sub(left))),
-        }
+        Ok(image)
     }
 
     /// Gives the thread its registers and signal mask back. It stays stopped.
     pub fn give_back(self) -> Result<()> {
         self.tracee.set_registers(&self.registers)?;
         self.tracee.set_signal_mask(self.mask)
+    }
+
+    /// Lets the interpreter run to its trap; returns the processes and threads that were made on the way.
+    fn run_to_trap(&self) -> Result<Vec<HostPid>> {
+        let mut children = Vec::new();
+        loop {
+            self.tracee.resume(0)?;
+            match self.tracee.wait()? {
+                Stop::Signal(libc::SIGTRAP) => return Ok(children),
+                Stop::Event(
+                    libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK,
+                ) => {
+                    children.push(HostPid(self.tracee.event_message()? as i32));
+                }
+                Stop::Gone(_) => return Err(Error::Gone(self.tracee.tid())),
+                stop => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
+            }
+        }
     }
 
     fn script_error(&self, script: &Script, results: &[i64], failed: usize) -> Error {

@@ -5,6 +5,7 @@
 pub mod codec;
 pub mod control;
 pub mod facts;
+pub mod layout;
 pub mod limits;
 pub mod manifest;
 pub mod page_frame;

@@ -1,0 +1,138 @@
+//! Placing pages in the parked processes, while they are being built.
+//!
+//! An absent page of anonymous memory is placed with `UFFDIO_COPY`, which needs neither a fault nor the process; a page
+//! that is present, or that covers a file, is written through `/proc/PID/mem`. Which of the two it is, the kernel says:
+//! each call goes on from where the other had to stop.
+
+use pclive_sys::mem::ProcessMemory;
+use pclive_sys::pagemap::{Categories, Filter, Pagemap};
+use pclive_sys::uffd::{Placed, Uffd};
+use pclive_sys::{Error, Result};
+use pclive_wire::manifest::{Backing, Vma};
+use pclive_wire::{PAGE_SIZE, PageRange, VirtAddr};
+
+/// A page of zeros, for pages that have to be overwritten with them.
+static ZEROS: [u8; 64 * PAGE_SIZE as usize] = [0; 64 * PAGE_SIZE as usize];
+
+/// The memory of one parked process.
+#[derive(Debug)]
+pub struct Placement {
+    uffd: Uffd,
+    memory: ProcessMemory,
+    pagemap: Pagemap,
+    /// The mappings that stand, sorted.
+    vmas: Vec<Vma>,
+}
+
+impl Placement {
+    /// Placement in the process of `uffd`, in which nothing is mapped yet.
+    pub fn new(uffd: Uffd) -> Result<Self> {
+        let pid = uffd.pid();
+        Ok(Self { memory: ProcessMemory::open(pid)?, pagemap: Pagemap::open(pid)?, uffd, vmas: Vec::new() })
+    }
+
+    /// The mappings that stand.
+    pub fn vmas(&self) -> &[Vma] {
+        &self.vmas
+    }
+
+    /// Takes note of new mappings: `mapped` are the parts that were mapped anew.
+    pub fn set_vmas(&mut self, vmas: Vec<Vma>, mapped: &[PageRange]) -> Result<()> {
+        use pclive_sys::uffd::Mode;
+        self.vmas = vmas;
+        for &range in mapped {
+            for (part, anonymous) in self.parts(range) {
+                if anonymous {
+                    self.uffd.register(part, Mode::Missing)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The process's memory, by address.
+    pub fn memory(&self) -> &ProcessMemory {
+        &self.memory
+    }
+
+    /// Places `contents` (whole pages) at `start`. Parts where nothing is mapped are left out: the source unmapped them
+    /// after it had read the pages, and the next manifest says so.
+    pub fn place(&self, start: VirtAddr, contents: &[u8]) -> Result<()> {
+        let range = PageRange::new(start, contents.len() as u64 / PAGE_SIZE);
+        for (part, anonymous) in self.parts(range) {
+            let offset = (part.start.0 - start.0) as usize;
+            let pages = &contents[offset..offset + part.bytes() as usize];
+            match anonymous {
+                true => self.place_anonymous(part.start, pages)?,
+                false => self.memory.write(part.start, pages)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes every page of `range` read as zero. Absent anonymous pages do already.
+    pub fn place_zeros(&self, range: PageRange) -> Result<()> {
+        for (part, anonymous) in self.parts(range) {
+            match anonymous {
+                true => {
+                    for present in self.present(part)? {
+                        self.write_zeros(present)?;
+                    }
+                }
+                false => self.write_zeros(part)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of `range` that are mapped, and whether they are anonymous memory.
+    fn parts(&self, range: PageRange) -> Vec<(PageRange, bool)> {
+        let first = self.vmas.partition_point(|vma| vma.range.end() <= range.start);
+        self.vmas[first..]
+            .iter()
+            .take_while(|vma| vma.range.start < range.end())
+            .filter_map(|vma| Some((vma.range.intersection(&range)?, vma.backing == Backing::Anonymous)))
+            .collect()
+    }
+
+    fn place_anonymous(&self, start: VirtAddr, pages: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < pages.len() {
+            let at = start.offset(done as u64);
+            match self.uffd.copy(at, &pages[done..]) {
+                Ok(Placed::All) => return Ok(()),
+                Ok(Placed::Present { bytes }) => {
+                    done += bytes as usize;
+                    done += self.memory.write_some(start.offset(done as u64), &pages[done..])?;
+                }
+                // One VMA of the source may be two here, where the kernel did not merge them: a copy must not cross.
+                Err(Error::Range { errno: nix::Error::ENOENT, .. })
+                    if pages.len() - done > PAGE_SIZE as usize =>
+                {
+                    self.place_anonymous(at, &pages[done..done + PAGE_SIZE as usize])?;
+                    done += PAGE_SIZE as usize;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn present(&self, range: PageRange) -> Result<Vec<PageRange>> {
+        let populated = Categories::PRESENT.or(Categories::SWAPPED);
+        let filter = Filter { any: populated, report: Categories::NONE, ..Filter::default() };
+        let mut found = Vec::new();
+        self.pagemap.scan(range, filter, &mut found)?;
+        Ok(found.into_iter().map(|region| region.range).collect())
+    }
+
+    fn write_zeros(&self, range: PageRange) -> Result<()> {
+        let mut done = 0;
+        while done < range.bytes() {
+            let len = (range.bytes() - done).min(ZEROS.len() as u64);
+            self.memory.write(range.start.offset(done), &ZEROS[..len as usize])?;
+            done += len;
+        }
+        Ok(())
+    }
+}

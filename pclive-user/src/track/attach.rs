@@ -1,0 +1,232 @@
+//! Write tracking of one process, with `PAGEMAP_SCAN` as the ground truth.
+//!
+//! # How no write is missed
+//!
+//! Each private mapping is registered with a userfaultfd in asynchronous write-protect mode. A scan returns the pages that
+//! are not protected, and protects them in the same step; their contents are read afterwards. A write that comes between
+//! the two is in the contents *and* in the next dirty set: sent twice, never lost.
+//!
+//! A mapping that has appeared since the last round is not registered, and the kernel drops the registration of one that
+//! is moved or replaced. So each round asks every mapping whether it is registered still; registering it leaves its pages
+//! unprotected, and the scan returns all of them. Nothing depends on having seen the `mmap`.
+//!
+//! What has vanished (`munmap`, `MADV_DONTNEED`) is found once, after the freeze, as the difference between the pages sent
+//! and the pages there are.
+
+use super::pageset::PageSet;
+use crate::capture::SourceProcess;
+use crate::capture::process::{ProcessError, prepare_injection};
+use pclive_sys::mem::ProcessMemory;
+use pclive_sys::pagemap::{Categories, Filter, Pagemap, Region};
+use pclive_sys::pidfd::pidfd_getfd;
+use pclive_sys::ptrace::{Seize, Tracee};
+use pclive_sys::script::{Borrowed, Script};
+use pclive_sys::uffd::{self, Features, Mode, Uffd};
+use pclive_wire::layout::mapped_anew;
+use pclive_wire::manifest::{Backing, Vma};
+use pclive_wire::{HostPid, PageRange};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// Room for the script that makes the userfaultfd, in bytes.
+const ARENA_SIZE: u64 = 4096;
+
+/// Why a process cannot be tracked.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// The call could not be injected.
+    #[error("cannot inject a call into process {pid}")]
+    Inject {
+        /// Which.
+        pid: HostPid,
+        /// Why.
+        source: ProcessError,
+    },
+    /// A kernel interface said no.
+    #[error(transparent)]
+    Sys(#[from] pclive_sys::Error),
+    /// The userfaultfd could not be taken over.
+    #[error("pidfd_getfd of {pid}")]
+    TakeOver {
+        /// From whom.
+        pid: HostPid,
+        /// Why.
+        source: nix::Error,
+    },
+}
+
+impl TrackError {
+    /// Whether the address space is gone: the process has ended or executed another program.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Sys(pclive_sys::Error::Gone(_)) => true,
+            Self::Sys(e) => e.errno() == Some(nix::Error::ESRCH),
+            _ => false,
+        }
+    }
+}
+
+/// The pages that a round must send, and those that the destination must drop.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dirty {
+    /// Written since the last round, or mapped anew.
+    pub written: PageSet,
+    /// Sent once and gone now; known only after the freeze.
+    pub absent: PageSet,
+}
+
+/// A process whose writes are tracked. Dropping it ends the tracking: nothing stays in the process.
+#[derive(Debug)]
+pub struct TrackedProcess {
+    uffd: Uffd,
+    pagemap: Pagemap,
+    memory: ProcessMemory,
+    /// The layout of the last round.
+    layout: Vec<Vma>,
+    /// Every page that was sent and not yet reported absent.
+    sent: PageSet,
+    /// For how long the process was stopped to attach.
+    pub stopped_for: Duration,
+}
+
+impl TrackedProcess {
+    /// Makes a userfaultfd in the address space of `process` and takes it over. The thread group leader is stopped for
+    /// that time.
+    pub fn attach(process: &SourceProcess, vmas: &[Vma]) -> Result<Self, TrackError> {
+        let pid = process.pid;
+        let (memory, syscall) = prepare_injection(pid, vmas).map_err(|source| TrackError::Inject { pid, source })?;
+        let pagemap = Pagemap::open(pid)?;
+        let tracee = Tracee::seize(pid, Seize::Source)?;
+        tracee.interrupt()?;
+        tracee.wait_trap()?;
+        let stopped_at = Instant::now();
+        let borrowed = Borrowed::new(&tracee, syscall)?;
+        let arena = borrowed.map_arena(ARENA_SIZE, None)?;
+        let mut script = Script::new();
+        let fd = script.call("userfaultfd", libc::SYS_userfaultfd, [uffd::CREATE_FLAGS.into()]);
+        let made = borrowed.run(&arena, &script).map(|outcome| outcome.result(fd) as i32);
+        let taken = made.and_then(|fd| {
+            let taken = pidfd_getfd(process.pidfd.as_fd(), fd);
+            let mut script = Script::new();
+            script.call("close", libc::SYS_close, [fd.into()]);
+            borrowed.run(&arena, &script)?;
+            Ok(taken)
+        });
+        borrowed.unmap_arena(arena)?;
+        borrowed.give_back()?;
+        tracee.detach()?;
+        let stopped_for = stopped_at.elapsed();
+        let fd = taken?.map_err(|source| TrackError::TakeOver { pid, source })?;
+        let uffd = Uffd::adopt(fd, pid, Features::TRACKING)?;
+        Ok(Self { uffd, pagemap, memory, layout: Vec::new(), sent: PageSet::new(), stopped_for })
+    }
+
+    /// The process's memory, to read pages from.
+    pub fn memory(&self) -> &ProcessMemory {
+        &self.memory
+    }
+
+    /// Begins a round: returns what was written since the last one, protecting it again. `layout` are the mappings now.
+    pub fn begin_round(&mut self, layout: &[Vma]) -> Result<PageSet, TrackError> {
+        let mut found = Vec::new();
+        for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
+            if !self.pagemap.is_tracked(vma.range.start)? {
+                match self.uffd.register(vma.range, Mode::WriteProtect) {
+                    // Unmapped since the layout was read: the next round knows.
+                    Err(e) if matches!(e.errno(), Some(nix::Error::EINVAL | nix::Error::ENOMEM)) => continue,
+                    registered => registered?,
+                }
+            }
+            self.pagemap.scan_and_protect(vma.range, WRITTEN, &mut found)?;
+        }
+        self.populated_of_new(layout, &mut found)?;
+        let written: PageSet = found.iter().map(|region| region.range).collect();
+        self.sent = self.sent.union(&written);
+        self.layout = layout.to_vec();
+        Ok(written)
+    }
+
+    /// The last round, with every thread stopped: nothing is protected, and pages that have vanished are found.
+    pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
+        let mut found: Vec<Region> = Vec::new();
+        for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
+            self.pagemap.scan(vma.range, POPULATED, &mut found)?;
+        }
+        let populated: PageSet = found.iter().map(|region| region.range).collect();
+        found.retain(|region| region.categories.has(Categories::WRITTEN));
+        self.populated_of_new(layout, &mut found)?;
+        let written = found.iter().map(|region| region.range).collect();
+        Ok(Dirty { written, absent: self.sent.difference(&populated) })
+    }
+
+    /// Adds the populated pages of mappings that the destination maps anew, written or not.
+    fn populated_of_new(&self, layout: &[Vma], found: &mut Vec<Region>) -> Result<(), TrackError> {
+        if self.layout == layout {
+            return Ok(());
+        }
+        let private: Vec<Vma> = layout.iter().filter(|vma| has_own_pages(vma)).cloned().collect();
+        for range in mapped_anew(&self.layout, &private) {
+            self.pagemap.scan(range, POPULATED, found)?;
+        }
+        Ok(())
+    }
+}
+
+const RESIDENT: Categories = Categories::PRESENT.or(Categories::SWAPPED);
+
+/// Populated pages that differ from what backs them (a page of the file's page cache does not), written since they were
+/// protected.
+const WRITTEN: Filter =
+    Filter { all: Categories::WRITTEN, any: RESIDENT, without: Categories::FILE, report: Categories::WRITTEN };
+
+/// Populated pages that differ from what backs them, and whether they were written.
+const POPULATED: Filter =
+    Filter { all: Categories::NONE, any: RESIDENT, without: Categories::FILE, report: Categories::WRITTEN };
+
+/// Whether a mapping has pages of its own, which must travel.
+pub fn has_own_pages(vma: &Vma) -> bool {
+    match vma.backing {
+        Backing::Anonymous => true,
+        Backing::File { shared, .. } => !shared,
+        Backing::Shared { .. } | Backing::Special(_) => false,
+    }
+}
+
+/// Splits ranges into batches of at most `pages` pages, splitting ranges where needed.
+pub fn batches(ranges: &[PageRange], pages: u64) -> Vec<Vec<PageRange>> {
+    let mut batches = Vec::new();
+    let mut batch: Vec<PageRange> = Vec::new();
+    let mut room = pages;
+    for range in ranges {
+        let mut rest = *range;
+        while !rest.is_empty() {
+            let part = PageRange::new(rest.start, rest.pages.min(room));
+            batch.push(part);
+            rest = PageRange::between(part.end(), rest.end());
+            room -= part.pages;
+            if room == 0 {
+                batches.push(std::mem::take(&mut batch));
+                room = pages;
+            }
+        }
+    }
+    if !batch.is_empty() {
+        batches.push(batch);
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pclive_wire::VirtAddr;
+
+    #[test]
+    fn batches_hold_every_page_once_and_no_more_than_allowed() {
+        let range = |start: u64, pages| PageRange::new(VirtAddr(start << 12), pages);
+        let ranges = [range(1, 3), range(10, 6), range(20, 1)];
+        let split = batches(&ranges, 4);
+        assert_eq!(split, [vec![range(1, 3), range(10, 1)], vec![range(11, 4)], vec![range(15, 1), range(20, 1)]]);
+        assert!(batches(&[], 4).is_empty());
+    }
+}
