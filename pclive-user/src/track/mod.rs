@@ -1,5 +1,6 @@
 //! Dirty sets: which pages were written since they were last read for sending.
 
+pub mod attach;
 pub mod btf;
 pub mod cgroup;
 pub mod heat;
