@@ -1,5 +1,6 @@
 //! What can go wrong, and what can be refused, while descriptors are read.
 
+use crate::capture::sockets::SocketError;
 use nix::errno::Errno;
 use std::fmt;
 
@@ -34,6 +35,15 @@ pub enum FileError {
         /// The missing field.
         field: &'static str,
     },
+    /// A socket, or the tables of all sockets, could not be read.
+    #[error("capture of {object}")]
+    Socket {
+        /// The descriptor, with its process, or all sockets.
+        object: String,
+        /// Why not.
+        #[source]
+        error: SocketError,
+    },
 }
 
 impl FileError {
@@ -54,6 +64,8 @@ pub(super) enum Refusal {
         /// What the operator can do.
         remedy: String,
     },
+    /// It is in a state that passes: trying again later helps.
+    Transient(String),
     /// Reading it failed.
     Failed(FileError),
 }
@@ -61,6 +73,15 @@ pub(super) enum Refusal {
 impl Refusal {
     pub(super) fn unsupported(reason: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::Unsupported { reason: reason.into(), remedy: remedy.into() }
+    }
+
+    /// What a socket's error means for the description of `object`.
+    pub(super) fn socket(error: SocketError, object: &dyn fmt::Display) -> Self {
+        match error {
+            SocketError::Unsupported { reason, remedy } => Self::Unsupported { reason, remedy },
+            SocketError::Transient { reason } => Self::Transient(reason),
+            error => Self::Failed(FileError::Socket { object: object.to_string(), error }),
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A description is asked through a duplicate of one of its descriptors (`pidfd_getfd(2)`), which is closed again at
-//! once: only sockets are kept, because their connections stay in repair until the migration is decided.
+//! once: only those of TCP connections are kept, because they are to be silenced when the source's copy goes.
 //!
 //! The same code surveys the running container. There a descriptor may be closed, or its number used again, between any
 //! two calls; what fails for a descriptor that changed meanwhile is left out.
@@ -35,6 +35,7 @@ pub(crate) use named::is_stateless;
 pub use unlinked::MAX_UNLINKED_BYTES;
 
 use crate::capture::env::ContainerEnv;
+use crate::capture::sockets::SocketCapture;
 use crate::capture::{Access, Obstacles, SourceProcess};
 use error::Refusal;
 use identity::{Found, Index};
@@ -45,17 +46,22 @@ use std::os::fd::{AsFd, OwnedFd};
 use table::TableReader;
 
 /// The open files of a container.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CapturedFiles {
     /// Open file descriptions; [`FdEntry::description`] is an index into it.
     pub descriptions: Vec<Description>,
     /// The descriptor table of each process, sorted by number.
     pub tables: Vec<(NsPid, Vec<FdEntry>)>,
+    /// The source's connections, to be silenced once the destination runs the container.
+    pub sockets: SocketCapture,
+    /// What is in the way now and will go away by itself when the container runs on for some milliseconds.
+    pub transient: Vec<String>,
 }
 
 /// Reads the descriptor tables of `processes` and every open file description that they name.
 ///
-/// What cannot be moved is added to `obstacles`, and is missing in the result.
+/// What cannot be moved is added to `obstacles` or to [`CapturedFiles::transient`]; the result is complete if neither
+/// got anything.
 ///
 /// # Errors
 /// The kernel refused a call that should have worked.
@@ -72,24 +78,48 @@ pub fn capture_files(
     }
     let found = identity::group(open, access)?;
     let mut describer = Describer::new(processes, env, access, &found)?;
-    let mut captured = CapturedFiles::default();
+    let mut refused = Refused { obstacles, transient: Vec::new() };
+    let mut descriptions = Vec::new();
     let mut ids = vec![None; found.len()];
     for (place, found) in found.iter().enumerate() {
         match describer.describe(found) {
             Ok(description) => {
-                ids[place] = Some(DescriptionId(captured.descriptions.len() as u32));
-                captured.descriptions.push(description);
+                ids[place] = Some(DescriptionId(descriptions.len() as u32));
+                descriptions.push(description);
             }
             Err(_) if access == Access::Survey && changed(found) => {}
-            Err(Refusal::Unsupported { reason, remedy }) => {
-                let slot = found.slot();
-                obstacles.add(slot.ns_pid, format!("fd {}", slot.fd), reason, remedy);
-            }
-            Err(Refusal::Failed(error)) => return Err(error),
+            Err(refusal) => refused.add(found, refusal)?,
         }
     }
-    captured.tables = tables(processes, &found, &ids);
-    Ok(captured)
+    for (inode, error) in describer.sockets.finish(&mut descriptions, access) {
+        match found.iter().find(|found| socket::inode(&found.open.link) == Some(inode)) {
+            Some(found) => refused.add(found, Refusal::socket(error, &found.slot()))?,
+            None => refused.transient.push(error.to_string()),
+        }
+    }
+    let sockets = describer.sockets;
+    let transient = refused.transient;
+    Ok(CapturedFiles { descriptions, tables: tables(processes, &found, &ids), sockets, transient })
+}
+
+/// Where refusals go.
+struct Refused<'a> {
+    obstacles: &'a mut Obstacles,
+    transient: Vec<String>,
+}
+
+impl Refused<'_> {
+    fn add(&mut self, found: &Found, refusal: Refusal) -> Result<(), FileError> {
+        let slot = found.slot();
+        match refusal {
+            Refusal::Unsupported { reason, remedy } => {
+                self.obstacles.add(slot.ns_pid, format!("fd {}", slot.fd), reason, remedy);
+            }
+            Refusal::Transient(reason) => self.transient.push(format!("{slot}: {reason}")),
+            Refusal::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
 }
 
 /// Whether the descriptor has been closed, or opened on something else, since its table was read.
@@ -121,10 +151,12 @@ fn tables(
 struct Describer<'a> {
     processes: &'a [SourceProcess],
     env: &'a ContainerEnv,
+    access: Access,
     found: &'a [Found],
     index: Index,
     pipes: pipe::Pipes,
     unlinked: unlinked::Unlinked,
+    sockets: SocketCapture,
     socket_device: Option<u64>,
 }
 
@@ -135,13 +167,17 @@ impl<'a> Describer<'a> {
         access: Access,
         found: &'a [Found],
     ) -> Result<Self, FileError> {
+        let sockets = SocketCapture::begin(env.netns.as_fd())
+            .map_err(|error| FileError::Socket { object: "all sockets".into(), error })?;
         Ok(Self {
             processes,
             env,
+            access,
             found,
             index: identity::index(found),
             pipes: pipe::Pipes::new(found, access),
             unlinked: unlinked::Unlinked::new(access),
+            sockets,
             socket_device: socket::device(found)?,
         })
     }
@@ -178,6 +214,12 @@ impl<'a> Describer<'a> {
         }
         if link.starts_with(pipe::LINK) {
             return self.pipes.capture(found, &duplicate);
+        }
+        if let Some(inode) = socket::inode(link) {
+            return self
+                .sockets
+                .capture(duplicate.as_fd(), inode, self.access)
+                .map_err(|error| Refusal::socket(error, &found.slot()));
         }
         let link = String::from_utf8_lossy(link);
         let Some(name) = link.strip_prefix("anon_inode:") else { return Err(unsupported::other(&link)) };

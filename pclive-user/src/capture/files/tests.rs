@@ -3,7 +3,7 @@
 use super::testing::Holder;
 use crate::capture::Access;
 use pclive_wire::NsPid;
-use pclive_wire::manifest::{DescriptionKind, EpollTarget};
+use pclive_wire::manifest::{DescriptionKind, EpollTarget, TcpState};
 use std::fs::File;
 use std::process::Command;
 
@@ -192,4 +192,27 @@ print("ready")
         assert!(named, "fd {fd} ({part}) is not in {found:#?}");
     }
     assert_eq!(found.len(), 12, "{found:#?}");
+}
+
+#[test]
+fn sockets_are_captured_and_refused_by_their_own_module() {
+    let holder = Holder::run(
+        r#"
+a, b = socket.socketpair(); at(10, a.detach()); at(11, b.detach()); os.write(10, b"hello")
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(17); at(12, s.detach())
+at(13, socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach())
+epoll = epoll_at(14); epoll.register(12, select.EPOLLIN)
+print("ready")
+"#,
+    );
+    let (captured, obstacles) = holder.capture(Access::Frozen);
+    let [obstacle] = obstacles.as_slice() else { panic!("{obstacles:?}") };
+    assert_eq!(obstacle.object, "fd 13");
+    assert!(obstacle.reason.contains("UDP"), "{obstacle:?}");
+    let DescriptionKind::Unix(b) = captured.kind_at(0, 11) else { panic!() };
+    assert_eq!(b.queue.concat(), b"hello");
+    let DescriptionKind::Tcp(listener) = captured.kind_at(0, 12) else { panic!() };
+    assert_eq!(listener.state, TcpState::Listen { backlog: 17 });
+    let DescriptionKind::Epoll { targets } = captured.kind_at(0, 14) else { panic!() };
+    assert_eq!(targets[0].fd, 12);
 }
