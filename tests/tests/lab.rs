@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use pclive_tests::Programs;
 use pclive_tests::lab::{self, BitRate, Lab, Payload};
 use pclive_tests::load::{LoadProcess, LoadSpec, Pace, Service};
 
@@ -95,13 +96,11 @@ fn a_container_address_moves_in_milliseconds() -> Result<()> {
     let start = Instant::now();
     let moved = destination.container_netns(&redis.name);
     moved.ip("link set eth0 up")?;
-    // It would wait for an answer that nobody sends; what counts is what it sends at once.
-    let arping = ["-q", "-U", "-c", "1", "-I", "eth0", &redis.address.to_string()];
-    let mut announce = moved.command("arping").args(arping).spawn()?;
+    // Whatever it sends moves its MAC; pclive sends a gratuitous ARP.
+    let send = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"here", (source.address(), 9));
+    moved.enter(send)??;
     assert_eq!(ping()?, "PONG\n");
     let elapsed = start.elapsed();
-    announce.kill()?;
-    announce.wait()?;
     assert!(elapsed < Duration::from_millis(500), "{elapsed:?}");
     println!("moved in {elapsed:?}");
     Ok(())
@@ -137,29 +136,17 @@ fn labs_are_apart_and_leave_nothing() -> Result<()> {
 /// A lab whose owner was killed is taken down by the next one.
 #[test]
 fn leftovers_are_swept() -> Result<()> {
-    // A test program of its own is the owner: this one, running only the test below.
-    let mut owner = Command::new(std::env::current_exe()?)
-        .args(["--ignored", "--exact", "an_owner_that_will_be_killed", "--nocapture"])
+    let mut owner = Command::new(Programs::beside_own()?.path("lab")?)
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()?;
     let lines = BufReader::new(owner.stdout.take().expect("piped above")).lines();
-    let lab = lines.map_while(Result::ok).find_map(|line| line.strip_prefix("lab: ").map(PathBuf::from));
+    let lab = lines.map_while(Result::ok).find_map(|line| line.strip_prefix("lab ").map(str::to_owned));
     owner.kill()?;
     owner.wait()?;
-    let lab = lab.expect("the owner names its lab");
+    let lab = PathBuf::from(lab.expect("the owner names its lab").trim());
     assert!(lab.exists());
     drop(Lab::new(None)?);
     assert!(!lab.exists());
-    Ok(())
-}
-
-#[test]
-#[ignore = "waits to be killed: run by leftovers_are_swept"]
-fn an_owner_that_will_be_killed() -> Result<()> {
-    let mut lab = Lab::new(None)?;
-    lab.add_container("sleeper", &Payload::program("/bin/sleep", &["1000"]))?;
-    lab.source().start("sleeper")?;
-    println!("\nlab: {}", lab.dir().display());
-    sleep(Duration::from_secs(60));
     Ok(())
 }

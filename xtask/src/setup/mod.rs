@@ -12,13 +12,11 @@ use anyhow::{Context, Result};
 use crate::build::{need_root, show};
 
 /// What the lab and the suites use.
-const PACKAGES: [&str; 11] = [
-    "bsdutils",
+const PACKAGES: [&str; 9] = [
     "build-essential",
     "ca-certificates",
     "crun",
     "iproute2",
-    "iputils-arping",
     "memcached",
     "redis-server",
     "redis-tools",
