@@ -1,3 +1,6 @@
 //! Decisions, as pure functions over plain numbers: no I/O, no clock.
 
 pub mod bandwidth;
+pub mod convergence;
+pub mod hot;
+pub mod mode;

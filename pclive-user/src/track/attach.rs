@@ -94,7 +94,8 @@ impl TrackedProcess {
     /// that time.
     pub fn attach(process: &SourceProcess, vmas: &[Vma]) -> Result<Self, TrackError> {
         let pid = process.pid;
-        let (memory, syscall) = prepare_injection(pid, vmas).map_err(|source| TrackError::Inject { pid, source })?;
+        let (memory, syscall) =
+            prepare_injection(pid, vmas).map_err(|source| TrackError::Inject { pid, source })?;
         let pagemap = Pagemap::open(pid)?;
         let tracee = Tracee::seize(pid, Seize::Source)?;
         tracee.interrupt()?;
@@ -176,8 +177,12 @@ const RESIDENT: Categories = Categories::PRESENT.or(Categories::SWAPPED);
 
 /// Populated pages that differ from what backs them (a page of the file's page cache does not), written since they were
 /// protected.
-const WRITTEN: Filter =
-    Filter { all: Categories::WRITTEN, any: RESIDENT, without: Categories::FILE, report: Categories::WRITTEN };
+const WRITTEN: Filter = Filter {
+    all: Categories::WRITTEN,
+    any: RESIDENT,
+    without: Categories::FILE,
+    report: Categories::WRITTEN,
+};
 
 /// Populated pages that differ from what backs them, and whether they were written.
 const POPULATED: Filter =
@@ -226,7 +231,10 @@ mod tests {
         let range = |start: u64, pages| PageRange::new(VirtAddr(start << 12), pages);
         let ranges = [range(1, 3), range(10, 6), range(20, 1)];
         let split = batches(&ranges, 4);
-        assert_eq!(split, [vec![range(1, 3), range(10, 1)], vec![range(11, 4)], vec![range(15, 1), range(20, 1)]]);
+        assert_eq!(
+            split,
+            [vec![range(1, 3), range(10, 1)], vec![range(11, 4)], vec![range(15, 1), range(20, 1)]]
+        );
         assert!(batches(&[], 4).is_empty());
     }
 }

@@ -154,7 +154,7 @@ mod tests {
                 flight.complete(done(n, n, n < copied));
             }
             assert_eq!(flight.wanted(), wanted, "{copied} of 8 copied");
-            assert_eq!(flight.copied(), copied.into());
+            assert_eq!(flight.copied(), u64::from(copied));
         }
     }
 
