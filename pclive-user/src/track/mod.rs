@@ -2,7 +2,6 @@
 
 pub mod attach;
 pub mod btf;
-pub mod cgroup;
 pub mod heat;
 pub mod observer;
 pub mod pageset;

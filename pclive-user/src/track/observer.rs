@@ -9,7 +9,8 @@
 //! writes cannot push out the news of a fork. Lost writes are answered by a scan, lost changes by reading the process
 //! list and the maps again.
 
-use super::{btf, cgroup};
+use super::btf;
+use crate::runtime::{Cgroup, CgroupError};
 use aya::{
     Btf, Ebpf, EbpfError, EbpfLoader,
     maps::{CgroupArray, HashMap, MapData, MapError, PerCpuArray, RingBuf},
@@ -18,12 +19,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use pclive_abi::{Event, Kind, Ring};
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
-use std::{
-    fs::File,
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs::File, io, path::PathBuf, time::Duration};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pclive-ebpf"));
 
@@ -100,14 +96,17 @@ pub enum ObserveError {
     /// The log of the programs cannot be read.
     #[error("cannot read the log of the eBPF programs")]
     Log(#[source] aya_log::Error),
-    /// The container's cgroup cannot be read.
-    #[error("cannot read the cgroup {path}")]
-    Cgroup {
+    /// The container's cgroup cannot be opened.
+    #[error("cannot open the cgroup {path}")]
+    OpenCgroup {
         /// Its directory in the v2 hierarchy.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
+    /// The container's processes cannot be listed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
 }
 
 type Result<T, E = ObserveError> = std::result::Result<T, E>;
@@ -214,19 +213,21 @@ pub struct WriteObserver {
 }
 
 impl WriteObserver {
-    /// Watches the container whose cgroup v2 directory is `cgroup`, with everything below it.
-    pub fn attach(cgroup: &Path, source: FaultSource) -> Result<Self> {
-        Self::attach_with(cgroup, source, RingSizes::default())
+    /// Watches a container.
+    pub fn attach(container: &Cgroup, source: FaultSource) -> Result<Self> {
+        Self::attach_with(container, source, RingSizes::default())
     }
 
     /// The same with rings of other sizes.
-    pub fn attach_with(cgroup: &Path, source: FaultSource, sizes: RingSizes) -> Result<Self> {
+    pub fn attach_with(container: &Cgroup, source: FaultSource, sizes: RingSizes) -> Result<Self> {
         let mut programs = Programs::load(source, sizes)?;
-        let cgroup_error = |source| ObserveError::Cgroup { path: cgroup.into(), source };
-        programs.set_container(File::open(cgroup).map_err(cgroup_error)?)?;
+        let path = container.path();
+        let directory =
+            File::open(path).map_err(|source| ObserveError::OpenCgroup { path: path.into(), source })?;
+        programs.set_container(directory)?;
         programs.attach()?;
         // Only now, so that no process started meanwhile is missed. One that ended meanwhile stays in the map, unused.
-        programs.add_processes(&cgroup::processes(cgroup).map_err(cgroup_error)?)?;
+        programs.add_processes(&container.processes()?)?;
         programs.into_observer()
     }
 

@@ -2,42 +2,58 @@
 
 use super::*;
 use std::{
+    collections::BTreeSet,
     io::{BufRead, BufReader, Write},
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::{Child, ChildStderr, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
 
 /// Pages in the child's buffer.
 const PAGES: u64 = 3000;
 
-/// An empty cgroup in the v2 hierarchy.
-struct TestCgroup(PathBuf);
+/// A cgroup in the v2 hierarchy, with another one below it.
+struct TestCgroup {
+    path: PathBuf,
+}
 
 impl TestCgroup {
     fn new() -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-        let root =
-            mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|line| line[2] == "cgroup2");
-        let name =
-            format!("pclive-observer-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        let path = Path::new(root.expect("a cgroup2 mount")[1]).join(name);
-        std::fs::create_dir_all(path.join("inner")).unwrap();
-        Self(path)
+        let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let root = mounts.find(|fields| fields[2] == "cgroup2").expect("a cgroup2 mount")[1];
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = Path::new(root).join(format!("pclive-observer-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(path.join("below")).unwrap();
+        Self { path }
+    }
+
+    fn observe(&self, source: FaultSource, sizes: RingSizes) -> Result<WriteObserver> {
+        let anchor = Worker::start(&self.path);
+        WriteObserver::attach_with(&Cgroup::of(anchor.pid()).unwrap(), source, sizes)
     }
 }
 
 impl Drop for TestCgroup {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir(self.0.join("inner"));
-        let _ = std::fs::remove_dir(&self.0);
+        let _ = std::fs::remove_dir(self.path.join("below"));
+        let _ = std::fs::remove_dir(&self.path);
     }
+}
+
+/// The sources that this kernel has.
+fn sources() -> Vec<FaultSource> {
+    let sources = [FaultSource::Tracepoint, FaultSource::Fentry];
+    let usable: Vec<_> = sources.into_iter().filter(|source| WriteObserver::probe(*source).is_ok()).collect();
+    assert!(usable.contains(&FaultSource::Tracepoint));
+    usable
 }
 
 /// The child: does what it is told through its standard input, a line each, and answers each with a line.
 struct Worker {
     child: Child,
-    answers: BufReader<std::process::ChildStderr>,
+    answers: BufReader<ChildStderr>,
 }
 
 impl Worker {
@@ -117,10 +133,6 @@ fn worker() {
     }
 }
 
-fn drain(observer: &mut WriteObserver) -> Drained {
-    observer.drain().unwrap()
-}
-
 fn buffer_at(start: u64) -> PageRange {
     PageRange::new(VirtAddr(start), PAGES)
 }
@@ -129,104 +141,105 @@ fn buffer_at(start: u64) -> PageRange {
 fn written(drained: &Drained, pid: HostPid, buffer: &PageRange) -> u64 {
     let inside =
         |write: &&PageWrite| write.pid == pid && buffer.start <= write.page && write.page < buffer.end();
-    let pages: std::collections::BTreeSet<_> = drained.writes.iter().filter(inside).map(|w| w.page).collect();
+    let pages: BTreeSet<_> = drained.writes.iter().filter(inside).map(|w| w.page).collect();
     pages.len() as u64
 }
 
 #[test]
 fn every_first_write_is_seen_also_from_a_cgroup_below() {
-    for inner in [false, true] {
+    for (source, place) in sources().into_iter().flat_map(|source| [(source, "."), (source, "below")]) {
         let cgroup = TestCgroup::new();
-        let mut worker = Worker::start(&if inner { cgroup.0.join("inner") } else { cgroup.0.clone() });
-        let mut observer = WriteObserver::attach(&cgroup.0, FaultSource::Tracepoint).unwrap();
+        let mut worker = Worker::start(&cgroup.path.join(place));
+        let mut observer = cgroup.observe(source, RingSizes::default()).unwrap();
         let buffer = buffer_at(worker.tell("write"));
-        let drained = drain(&mut observer);
-        assert_eq!(written(&drained, worker.pid(), &buffer), PAGES);
+        let drained = observer.drain().unwrap();
+        assert_eq!(written(&drained, worker.pid(), &buffer), PAGES, "{source:?}");
         assert_eq!(drained.lost, Lost::default());
         assert!(drained.writes.is_sorted_by_key(|write| write.time));
         // Nothing of it is seen twice, and pages that are mapped and not protected raise no more faults.
         worker.tell("write");
-        assert_eq!(written(&drain(&mut observer), worker.pid(), &buffer), 0);
+        assert_eq!(written(&observer.drain().unwrap(), worker.pid(), &buffer), 0);
     }
 }
 
 #[test]
 fn processes_outside_of_the_container_are_not_seen() {
-    let (cgroup, other) = (TestCgroup::new(), TestCgroup::new());
-    let mut outsider = Worker::start(&other.0);
-    let mut observer = WriteObserver::attach(&cgroup.0, FaultSource::Tracepoint).unwrap();
-    outsider.tell("write");
-    outsider.tell("fork");
-    assert_eq!(drain(&mut observer), Drained::default());
+    for source in sources() {
+        let (cgroup, other) = (TestCgroup::new(), TestCgroup::new());
+        let mut outsider = Worker::start(&other.path);
+        let mut observer = cgroup.observe(source, RingSizes::default()).unwrap();
+        observer.drain().unwrap();
+        outsider.tell("write");
+        outsider.tell("fork");
+        assert_eq!(observer.drain().unwrap(), Drained::default());
+    }
 }
 
 #[test]
 fn an_overflow_is_counted() {
     let cgroup = TestCgroup::new();
-    let mut worker = Worker::start(&cgroup.0);
+    let mut worker = Worker::start(&cgroup.path);
     let sizes = RingSizes { writes: PAGE_SIZE as u32, changes: PAGE_SIZE as u32 };
-    let mut observer = WriteObserver::attach_with(&cgroup.0, FaultSource::Tracepoint, sizes).unwrap();
+    let mut observer = cgroup.observe(FaultSource::Tracepoint, sizes).unwrap();
+    observer.drain().unwrap();
     let buffer = buffer_at(worker.tell("write"));
-    let drained = drain(&mut observer);
+    let drained = observer.drain().unwrap();
     assert!(drained.lost.writes > 0 && drained.lost.changes == 0, "{:?}", drained.lost);
-    // A page of ring has room for 128 events of 32 bytes, less the one byte that tells full from empty.
+    // A page of ring has room for 128 events of 32 bytes.
     assert!(drained.writes.len() <= 128);
     assert!(drained.writes.len() as u64 + drained.lost.writes >= PAGES);
     assert!(written(&drained, worker.pid(), &buffer) < PAGES);
     // The count is of the time since the last drain, and there is room again.
     worker.tell("remap");
-    assert_eq!(drain(&mut observer).lost, Lost::default());
+    assert_eq!(observer.drain().unwrap().lost, Lost::default());
     for _ in 0..200 {
         worker.tell("remap");
     }
-    assert!(drain(&mut observer).lost.changes > 0);
+    assert!(observer.drain().unwrap().lost.changes > 0);
 }
 
 #[test]
 fn changes_of_the_address_space_are_seen() {
     let cgroup = TestCgroup::new();
-    let mut worker = Worker::start(&cgroup.0);
-    let mut observer = WriteObserver::attach(&cgroup.0, FaultSource::Tracepoint).unwrap();
+    let mut worker = Worker::start(&cgroup.path);
+    let mut observer = cgroup.observe(FaultSource::Tracepoint, RingSizes::default()).unwrap();
     let old = buffer_at(worker.tell("remap"));
     let new = buffer_at(worker.tell("write"));
-    let kinds = |drained: &Drained| drained.changes.iter().map(|change| change.what).collect::<Vec<_>>();
-    let seen = kinds(&drain(&mut observer));
-    assert!(seen.contains(&ChangeKind::Mapped(new)) && seen.contains(&ChangeKind::Unmapped(old)), "{seen:?}");
-
+    let pid = worker.pid();
+    let mut seen = || {
+        let changes = observer.drain().unwrap().changes;
+        changes.into_iter().filter(|c| c.pid == pid).map(|c| c.what).collect::<Vec<_>>()
+    };
+    let remap = seen();
+    assert!(remap.contains(&ChangeKind::Mapped(new)), "{remap:?}");
+    assert!(remap.contains(&ChangeKind::Unmapped(old)), "{remap:?}");
     let protected = buffer_at(worker.tell("protect"));
-    let seen = kinds(&drain(&mut observer));
-    assert!(seen.contains(&ChangeKind::Protected(protected)), "{seen:?}");
+    let protect = seen();
+    assert!(protect.contains(&ChangeKind::Protected(protected)), "{protect:?}");
 }
 
 #[test]
 fn processes_that_come_change_and_go_are_seen() {
     let cgroup = TestCgroup::new();
-    let mut worker = Worker::start(&cgroup.0);
-    let mut observer = WriteObserver::attach(&cgroup.0, FaultSource::Tracepoint).unwrap();
+    let mut worker = Worker::start(&cgroup.path);
+    let mut observer = cgroup.observe(FaultSource::Tracepoint, RingSizes::default()).unwrap();
     let child = HostPid(worker.tell("fork") as i32);
-    let drained = drain(&mut observer);
+    let changes = observer.drain().unwrap().changes;
     let of = |pid| move |change: &&Change| change.pid == pid;
     assert!(
-        drained
-            .changes
-            .iter()
-            .any(|change| change.pid == worker.pid() && change.what == ChangeKind::Forked(child))
+        changes.iter().filter(of(worker.pid())).any(|c| c.what == ChangeKind::Forked(child)),
+        "{changes:?}"
     );
-    let life: Vec<_> = drained
-        .changes
-        .iter()
-        .filter(of(child))
-        .map(|change| change.what)
-        .filter(|what| matches!(what, ChangeKind::Execed | ChangeKind::Exited))
-        .collect();
-    assert_eq!(life, [ChangeKind::Execed, ChangeKind::Exited]);
+    let life: Vec<_> = changes.iter().filter(of(child)).map(|change| change.what).collect();
+    assert!(life.contains(&ChangeKind::Execed), "{life:?}");
+    assert_eq!(life.last(), Some(&ChangeKind::Exited));
 }
 
 #[test]
 fn a_source_that_probes_well_attaches_and_one_that_does_not_says_why() {
     let cgroup = TestCgroup::new();
     for source in [FaultSource::Tracepoint, FaultSource::Fentry] {
-        let attached = WriteObserver::attach(&cgroup.0, source).map(drop);
+        let attached = cgroup.observe(source, RingSizes::default()).map(drop);
         match (WriteObserver::probe(source), attached) {
             (Ok(()), Ok(())) => {}
             (Err(probe), Err(attach)) => {
