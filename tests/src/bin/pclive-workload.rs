@@ -2,7 +2,10 @@
 
 use clap::Parser;
 use pclive_tests::workloads::control::{Answer, Client};
-use pclive_tests::workloads::memory;
+use pclive_tests::workloads::tree::children::Descriptors;
+use pclive_tests::workloads::tree::roles;
+use pclive_tests::workloads::{memory, tree};
+use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,6 +14,22 @@ use std::time::Duration;
 enum Command {
     /// Threads that change their memory at random and know every byte of it
     Memory(memory::Options),
+    /// A process tree with one of every kind of kernel object
+    Tree(tree::Options),
+    /// The process of the tree that is blocked in a pipe read
+    #[command(hide = true)]
+    TreeReader { commands: RawFd, replies: RawFd },
+    /// The process of the tree that sleeps
+    #[command(hide = true)]
+    TreeSleeper { replies: RawFd },
+    /// The process of the tree that answers questions
+    #[command(hide = true)]
+    TreeMain {
+        #[command(flatten)]
+        descriptors: Descriptors,
+        #[command(flatten)]
+        options: tree::Options,
+    },
     /// Ask a workload: exit 0 if the answer is ok, 1 if something differs
     Ask {
         /// HOST:PORT of the workload
@@ -26,6 +45,14 @@ enum Command {
 fn main() -> anyhow::Result<ExitCode> {
     match Command::parse() {
         Command::Memory(options) => memory::run(options).map(|()| ExitCode::FAILURE),
+        Command::Tree(options) => tree::run(&options).map(|()| ExitCode::FAILURE),
+        Command::TreeReader { commands, replies } => {
+            roles::reader(commands, replies).map(|()| ExitCode::SUCCESS)
+        }
+        Command::TreeSleeper { replies } => roles::sleeper(replies).map(|()| ExitCode::SUCCESS),
+        Command::TreeMain { descriptors, options } => {
+            tree::main(descriptors, options).map(|()| ExitCode::SUCCESS)
+        }
         Command::Ask { address, question, patience } => ask(&address, &question, patience),
     }
 }
