@@ -9,4 +9,5 @@
 pub mod control;
 pub mod memory;
 pub mod pattern;
+pub mod running;
 pub mod tree;

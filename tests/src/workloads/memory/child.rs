@@ -53,12 +53,13 @@ impl Child {
         let _ = self.stream.get_mut().write_all(b"?");
     }
 
-    /// The child's answer to [`Self::begin_check`], or its last word if that came first: pages compared.
+    /// The child's answer to [`Self::begin_check`], or its last word if that came first: pages compared. None if it
+    /// has ended before.
     ///
     /// # Errors
     /// What differs in the child, or that it died.
     pub fn finish_check(&mut self) -> Result<u64, Failure> {
-        self.hear().map(|word| word.pages)
+        if self.said_last_word { Ok(0) } else { self.hear().map(|word| word.pages) }
     }
 
     /// Whether the child has ended, and well.

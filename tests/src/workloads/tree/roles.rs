@@ -115,14 +115,17 @@ pub fn sleeper(replies: RawFd) -> anyhow::Result<()> {
     while getppid() == parent {
         let end = Instant::now() + SLEEP;
         let mut interrupted = 0;
-        while let Err(error) = sleep(end.saturating_duration_since(Instant::now())) {
-            interrupted += 1;
+        loop {
+            // A signal that came outside of a sleep interrupts none, and is seen here.
             let asked = signals::count(libc::SIGUSR1);
-            if error == Errno::EINTR && asked > answered {
+            if asked > answered {
                 answered = asked;
                 answer(&mut replies, &mut identity, std::mem::take(&mut complaints), sleeps)?;
-            } else {
-                complaints.push(format!("nanosleep without a signal: {error}"));
+            }
+            match sleep(end.saturating_duration_since(Instant::now())) {
+                Ok(()) => break,
+                Err(Errno::EINTR) if signals::count(libc::SIGUSR1) > answered => interrupted += 1,
+                Err(error) => complaints.push(format!("nanosleep without a signal: {error}")),
             }
         }
         let missing = end.saturating_duration_since(Instant::now());
