@@ -22,7 +22,7 @@ pub(crate) enum When {
 }
 
 /// The sockets that have an option.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Family {
     /// A unix-domain socket.
     Unix,

@@ -1,0 +1,320 @@
+//! Makes the container's TCP and unix-domain sockets: the mirror image of [`crate::capture::sockets`].
+//!
+//! # A connection without a handshake, on a link that is down
+//!
+//! A socket in repair mode connects without sending anything, but `connect(2)` still wants a route and a local address.
+//! With the links down there is neither, so [`route`] lends it a route through loopback, and `IP_TRANSPARENT` an address.
+//! When the links are up the kernel finds out by itself that the route is gone, and looks again.
+//!
+//! # Everything is sent again at once
+//!
+//! The obvious way to restore a send queue is to write it in repair mode: the kernel then takes it as sent. But a restored
+//! connection knows no round-trip time, and `tcp_init_metrics` gives it a retransmission timeout of 3 s; if those bytes
+//! were lost with the source's link, or their acknowledgement was, nothing would move for that long.
+//!
+//! So the connection starts at the first unacknowledged byte, and [`RestoredSockets::go_live`] sends the whole queue as
+//! if it were new. The peer drops what it has and acknowledges all. For that to work everything the source had sent must
+//! fit into the congestion window and the send window at once, because the kernel ignores an acknowledgement of bytes
+//! that it has not sent yet: the peer's answer to a part would be lost, and with it everything. The window is
+//! therefore at least what the source had sent, and the route's `initcwnd` gives the congestion window.
+//!
+//! And it starts one byte earlier than that, at a byte that the peer has acknowledged: every connection, even an idle
+//! one, sends at least this byte, as a keep-alive probe would. The peer drops it and answers at once, which gives the
+//! connection a round-trip time, and both sides the other's window and position, whatever was lost on the way.
+//!
+//! # FINs
+//!
+//! A FIN that was received comes again as a packet that pclive itself sends to the socket through loopback
+//! ([`inject`]); one that was sent is sent again by `shutdown(2)`, after the data.
+
+mod inject;
+mod route;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod unix;
+
+use crate::capture::sockets::options::{self, Family, Known, When};
+use inject::Injector;
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use pclive_sys::namespace::{NamespaceError, run_in_netns};
+use pclive_sys::sockopt;
+use pclive_wire::manifest::{Description, DescriptionId, DescriptionKind, SocketOption, TcpSocket, TcpState};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// Why a socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// A call failed.
+    #[error("{call} for {socket}")]
+    Call {
+        /// Call or option.
+        call: &'static str,
+        /// Which socket.
+        socket: String,
+        /// Cause.
+        source: Errno,
+    },
+    /// The manifest has an option that pclive does not set, or a value that it cannot have.
+    #[error("option {name} of level {level} with {len} bytes for {socket}")]
+    Option {
+        /// Which socket.
+        socket: String,
+        /// Option level.
+        level: i32,
+        /// Option name.
+        name: i32,
+        /// Length of the value.
+        len: usize,
+    },
+    /// The manifest contradicts itself.
+    #[error("{socket}: {contradiction}")]
+    Manifest {
+        /// Which socket.
+        socket: String,
+        /// What does not fit.
+        contradiction: &'static str,
+    },
+    /// The temporary route or the loopback link.
+    #[error("{call} in the container's network namespace")]
+    Network {
+        /// Request.
+        call: &'static str,
+        /// Cause.
+        source: Errno,
+    },
+    /// The network namespace cannot be entered.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+}
+
+/// A socket of the manifest, as messages name it.
+struct Name<'a>(&'a dyn std::fmt::Display);
+
+impl Name<'_> {
+    fn call<T>(&self, call: &'static str, result: nix::Result<T>) -> Result<T, RestoreError> {
+        result.map_err(|source| RestoreError::Call { call, socket: self.0.to_string(), source })
+    }
+
+    fn contradiction(&self, contradiction: &'static str) -> RestoreError {
+        RestoreError::Manifest { socket: self.0.to_string(), contradiction }
+    }
+}
+
+/// The sockets of one container, ready to be given to its processes.
+#[derive(Debug)]
+pub struct RestoredSockets {
+    sockets: HashMap<DescriptionId, OwnedFd>,
+    connections: Vec<(DescriptionId, tcp::Waiting)>,
+    injector: Option<Injector>,
+}
+
+impl RestoredSockets {
+    /// Makes all TCP and unix sockets among `descriptions`, in the container's network namespace.
+    ///
+    /// Nothing is sent. TCP connections are in repair mode, in which no process may use them, until
+    /// [`go_live`](Self::go_live). Descriptor flags and file status flags are left to the caller.
+    ///
+    /// # Errors
+    /// The first socket that cannot be made; the ones made so far are closed without a packet.
+    pub fn restore(descriptions: &[Description], netns: BorrowedFd<'_>) -> Result<Self, RestoreError> {
+        run_in_netns(netns, || Self::make_all(descriptions))?
+    }
+
+    fn make_all(descriptions: &[Description]) -> Result<Self, RestoreError> {
+        let mut made = Self { sockets: HashMap::new(), connections: Vec::new(), injector: None };
+        let mut connections = Vec::new();
+        let mut unix = Vec::new();
+        let mut defaults = Defaults::default();
+        // Listeners come first: afterwards their ports have connections, which they would conflict with.
+        for (index, description) in descriptions.iter().enumerate() {
+            let id = DescriptionId(index as u32);
+            match &description.kind {
+                DescriptionKind::Tcp(socket) => match &socket.state {
+                    TcpState::Connected(connection) => {
+                        connections.push((id, socket.as_ref(), connection.as_ref()))
+                    }
+                    TcpState::Closed | TcpState::Dead | TcpState::Listen { .. } => {
+                        made.sockets.insert(id, tcp::unconnected(socket, &mut defaults)?);
+                    }
+                },
+                DescriptionKind::Unix(socket) => unix.push((id, socket.as_ref())),
+                _ => (),
+            }
+        }
+        made.make_connections(connections, &mut defaults)?;
+        made.sockets.extend(unix::make_all(&unix, &mut defaults)?);
+        Ok(made)
+    }
+
+    fn make_connections(
+        &mut self,
+        mut connections: Vec<(DescriptionId, &TcpSocket, &pclive_wire::manifest::TcpConnection)>,
+        defaults: &mut Defaults,
+    ) -> Result<(), RestoreError> {
+        if connections.is_empty() {
+            return Ok(());
+        }
+        if connections.iter().any(|(.., connection)| connection.fin_received) {
+            self.injector = Some(
+                Injector::open()
+                    .map_err(|source| RestoreError::Network { call: "socket SOCK_RAW", source })?,
+            );
+        }
+        // Those that take the same route one after another, so that it seldom changes.
+        connections.sort_by_key(|(_, _, connection)| route::Metrics::of(connection));
+        let mut routes = route::Borrowed::new()?;
+        for (id, socket, connection) in connections {
+            let (fd, waiting) = tcp::connect(socket, connection, &mut routes, defaults)?;
+            self.sockets.insert(id, fd);
+            self.connections.push((id, waiting));
+        }
+        routes.give_back()
+    }
+
+    /// The socket of a description; `None` if the description is something else.
+    pub fn get(&self, id: DescriptionId) -> Option<BorrowedFd<'_>> {
+        self.sockets.get(&id).map(AsFd::as_fd)
+    }
+
+    /// Lets the connections run: takes them out of repair mode and sends what waits.
+    ///
+    /// To be called after the commit, when the links are up and announced, and before the container's processes run.
+    /// There is no way back, so a connection that fails does not stop the others: the failures are returned.
+    pub fn go_live(self) -> Vec<RestoreError> {
+        let mut failed = Vec::new();
+        for (id, waiting) in &self.connections {
+            failed.extend(self.get(*id).and_then(|fd| waiting.resend(fd, self.injector.as_ref()).err()));
+        }
+        for (id, waiting) in &self.connections {
+            failed.extend(self.get(*id).and_then(|fd| waiting.settle(fd).err()));
+        }
+        failed
+    }
+}
+
+/// Option values that a new socket has in this network namespace.
+#[derive(Debug, Default)]
+struct Defaults(HashMap<(Family, i32, i32), Option<Vec<u8>>>);
+
+impl Defaults {
+    /// The options that must be set, in the table's order: those that differ from what a new socket has.
+    ///
+    /// `fresh` is a new socket.
+    fn differing<'a>(
+        &mut self,
+        fresh: BorrowedFd<'_>,
+        family: Family,
+        connected: bool,
+        options: &'a [SocketOption],
+        name: &Name<'_>,
+    ) -> Result<Vec<(&'static Known, &'a [u8])>, RestoreError> {
+        let mut wanted: HashMap<_, _> = options.iter().map(|o| ((o.level, o.name), o)).collect();
+        let mut differing = Vec::new();
+        for known in options::table(family, connected) {
+            let Some(option) = wanted.remove(&(known.level, known.name)) else { continue };
+            if !known.takes(&option.value) {
+                return Err(refused(option, name));
+            }
+            let default = match self.0.entry((family, known.level, known.name)) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    entry.insert(name.call(known.label, known.get(fresh))?)
+                }
+            };
+            if default.as_ref() != Some(&option.value) {
+                differing.push((known, option.value.as_slice()));
+            }
+        }
+        match wanted.into_values().next() {
+            Some(unknown) => Err(refused(unknown, name)),
+            None => Ok(differing),
+        }
+    }
+}
+
+fn refused(option: &SocketOption, name: &Name<'_>) -> RestoreError {
+    let (level, len) = (option.level, option.value.len());
+    RestoreError::Option { socket: name.0.to_string(), level, name: option.name, len }
+}
+
+/// Sets the options that are due.
+fn set_options(
+    socket: BorrowedFd<'_>,
+    options: &[(&'static Known, &[u8])],
+    when: When,
+    name: &Name<'_>,
+) -> Result<(), RestoreError> {
+    for (known, value) in options.iter().filter(|(known, _)| known.when == when) {
+        name.call(known.label, sockopt::set(socket, known.level, known.name, value))?;
+    }
+    Ok(())
+}
+
+/// A new socket that belongs to `owner`: `SO_REUSEPORT` groups, among others, go by user.
+fn new_socket(
+    family: AddressFamily,
+    socket_type: SockType,
+    owner: u32,
+    name: &Name<'_>,
+) -> Result<OwnedFd, RestoreError> {
+    let fd = name.call("socket", socket(family, socket_type, SockFlag::SOCK_CLOEXEC, None))?;
+    if owner != nix::unistd::Uid::effective().as_raw() {
+        name.call("fchown", nix::unistd::fchown(&fd, Some(owner.into()), None))?;
+    }
+    Ok(fd)
+}
+
+/// The sizes of a socket's buffers, which are made larger for as long as queues are filled.
+#[derive(Clone, Copy, Debug)]
+struct Buffers {
+    send: Option<i32>,
+    receive: Option<i32>,
+    lock: Option<i32>,
+}
+
+/// Truesize of queued bytes is at most about twice their number, and there is an overhead for each segment.
+fn room_for(bytes: usize) -> i32 {
+    const HEADROOM: usize = 64 << 10;
+    i32::try_from(bytes.saturating_mul(2).saturating_add(HEADROOM)).unwrap_or(i32::MAX)
+}
+
+impl Buffers {
+    fn of(options: &[SocketOption]) -> Self {
+        let find = |name| options::find_int(options, libc::SOL_SOCKET, name);
+        Self { send: find(libc::SO_SNDBUF), receive: find(libc::SO_RCVBUF), lock: find(options::SO_BUF_LOCK) }
+    }
+
+    /// Sets the sizes, at least large enough for so many bytes in the queues.
+    fn set(
+        self,
+        socket: BorrowedFd<'_>,
+        to_send: usize,
+        received: usize,
+        name: &Name<'_>,
+    ) -> Result<(), RestoreError> {
+        let sizes = [
+            ("SO_SNDBUFFORCE", libc::SO_SNDBUFFORCE, self.send, to_send),
+            ("SO_RCVBUFFORCE", libc::SO_RCVBUFFORCE, self.receive, received),
+        ];
+        for (call, option, size, queued) in sizes {
+            let needed = if queued == 0 { 0 } else { room_for(queued) };
+            let Some(size) = size.map(|size| size.max(needed)) else { continue };
+            // The kernel doubles what is set, and shows the double (socket(7)).
+            name.call(call, sockopt::set_int(socket, libc::SOL_SOCKET, option, size / 2))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the sizes for good, and lets the kernel tune those that the program has not set itself (Linux 5.16).
+    fn settle(self, socket: BorrowedFd<'_>, name: &Name<'_>) -> Result<(), RestoreError> {
+        self.set(socket, 0, 0, name)?;
+        match self.lock {
+            Some(lock) => name
+                .call("SO_BUF_LOCK", sockopt::set_int(socket, libc::SOL_SOCKET, options::SO_BUF_LOCK, lock)),
+            None => Ok(()),
+        }
+    }
+}
