@@ -111,8 +111,10 @@ fn a_container_address_moves_in_milliseconds() -> Result<()> {
 fn labs_are_apart_and_leave_nothing() -> Result<()> {
     let traces = |dir: &Path| -> Result<String> {
         let id = dir.file_name().expect("a lab's directory has a name").to_string_lossy();
-        let everywhere = ["/run/netns", "/var/tmp/pclive-lab", "/sys/fs/cgroup", "-maxdepth", "3", "-path"];
-        lab::run(Command::new("find").args(everywhere).arg(format!("*{id}*")))
+        let places = ["/run/netns", "/var/tmp/pclive-lab", "/sys/fs/cgroup"];
+        let mut find = Command::new("find");
+        find.args(places).args(["-ignore_readdir_race", "-maxdepth", "3", "-path", &format!("*{id}*")]);
+        lab::run(&mut find)
     };
     let mut first = Lab::new(Some(BitRate::GIGABIT))?;
     let mut second = Lab::new(None)?;

@@ -26,11 +26,14 @@ pub fn show(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Builds the workspace's programs for measurements.
+/// The programs for measurements: those in `dir`, or else the workspace's, which are built.
 ///
 /// # Errors
 /// When they do not build.
-pub fn release_programs() -> Result<Programs> {
+pub fn release_programs(dir: Option<&Path>) -> Result<Programs> {
+    if let Some(dir) = dir {
+        return Ok(Programs::in_dir(dir));
+    }
     show(&mut cargo(["build", "--quiet", "--release", "--workspace", "--bins", "--exclude", "xtask"]))?;
     let own = std::env::current_exe().context("find the running program")?;
     let target = own.ancestors().nth(2).context("cargo puts programs into a profile's directory")?;

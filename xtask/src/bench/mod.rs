@@ -26,6 +26,9 @@ pub struct Options {
     /// Only the cases whose name contains this
     #[arg(long)]
     only: Option<String>,
+    /// A directory with the programs `pclive` and `load`, instead of building them
+    #[arg(long)]
+    programs: Option<PathBuf>,
     /// Where the figures and all measurements go as JSON
     #[arg(long, default_value = "target/bench.json")]
     json: PathBuf,
@@ -114,7 +117,7 @@ struct CaseReport {
 /// When nothing can be measured at all. A migration that fails is part of the report.
 pub fn bench(options: &Options) -> Result<()> {
     need_root()?;
-    let programs = release_programs()?;
+    let programs = release_programs(options.programs.as_deref())?;
     println!("touching memory first: what a virtual machine has never used is slow at its first use");
     warm_up_memory(5 << 30);
     if let Some(dir) = options.json.parent() {

@@ -3,6 +3,8 @@
 mod plot;
 mod timeline;
 
+use std::path::PathBuf;
+
 use anyhow::{Result, ensure};
 use clap::Args;
 use pclive_tests::lab::BitRate;
@@ -34,6 +36,9 @@ pub struct Options {
     /// How to migrate: one-shot, pclive or pclive-g
     #[arg(long, default_value = "pclive-g")]
     mode: String,
+    /// A directory with the programs `pclive` and `load`, instead of building them
+    #[arg(long)]
+    programs: Option<PathBuf>,
     /// Further options of `pclive migrate`
     #[arg(last = true)]
     migrate: Vec<String>,
@@ -45,7 +50,7 @@ pub struct Options {
 /// When it did not move, or a client got a wrong answer.
 pub fn run(options: &Options) -> Result<()> {
     need_root()?;
-    let programs = release_programs()?;
+    let programs = release_programs(options.programs.as_deref())?;
     let experiment = options.experiment();
     // The container on both hosts, and what is around it.
     warm_up_memory(experiment.load.data_bytes * 3 + (1 << 30));
@@ -80,7 +85,8 @@ impl Options {
 
 fn print_report(measurement: &Measurement) {
     let Measurement { migration, load } = measurement;
-    println!("\n{} with tracker {}: {}", migration.mode, migration.tracker, migration.result);
+    let result = migration.result.as_str().map_or_else(|| migration.result.to_string(), str::to_owned);
+    println!("\n{} with tracker {}: {result}", migration.mode, migration.tracker);
     println!("\nround     pages       MiB     dirty        ms");
     for (number, round) in migration.rounds.iter().enumerate() {
         let (mib, ms) = (round.bytes as f64 / f64::from(1 << 20), round.duration_us as f64 / 1e3);
