@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod experiment;
+mod interrupt;
 mod run;
 mod setup;
 mod test;

@@ -31,6 +31,7 @@ pub use command::run;
 pub use host::{ContainerState, Host};
 pub use net::BitRate;
 pub use netns::Netns;
+pub use teardown::remove_own_labs;
 pub use traces::injected;
 
 use crate::Programs;

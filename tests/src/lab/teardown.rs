@@ -3,6 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -59,11 +60,29 @@ pub(super) fn sweep() -> Result<()> {
     Ok(())
 }
 
+/// Takes all labs of this process down, for a process that is about to end without dropping them.
+///
+/// # Errors
+/// What could not be removed.
+pub fn remove_own_labs() -> Result<()> {
+    let own = format!("{}-", std::process::id());
+    for entry in fs::read_dir(LABS_DIR).with_context(|| format!("read {LABS_DIR}"))?.flatten() {
+        let id = entry.file_name().to_string_lossy().into_owned();
+        if id.starts_with(&own) {
+            remove(&id)?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes the lab `id` down, however much of it exists.
 ///
 /// The hosts' own processes go first: a migration that is killed lets go of the container that it holds. The
 /// directory goes last: as long as it exists, a sweep knows of the lab.
 pub(super) fn remove(id: &str) -> Result<()> {
+    // An interrupted process removes a lab in one thread while another, whose programs are gone, drops it.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = lab_dir(id);
     let (mut hosts, mut containers) = (Vec::new(), Vec::new());
     let prefix = netns_prefix(id);

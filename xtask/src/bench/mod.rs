@@ -15,6 +15,7 @@ use statistics::Summary;
 
 use crate::build::{need_root, release_programs};
 use crate::experiment::{Experiment, Measurement, warm_up_memory};
+use crate::interrupt::remove_labs_on_interrupt;
 
 const MIB: u64 = 1 << 20;
 
@@ -117,6 +118,7 @@ struct CaseReport {
 /// When nothing can be measured at all. A migration that fails is part of the report.
 pub fn bench(options: &Options) -> Result<()> {
     need_root()?;
+    remove_labs_on_interrupt()?;
     let programs = release_programs(options.programs.as_deref())?;
     println!("touching memory first: what a virtual machine has never used is slow at its first use");
     warm_up_memory(5 << 30);

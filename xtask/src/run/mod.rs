@@ -12,6 +12,7 @@ use pclive_tests::load::{LoadSpec, Service};
 
 use crate::build::{need_root, release_programs};
 use crate::experiment::{Experiment, Measurement, warm_up_memory};
+use crate::interrupt::remove_labs_on_interrupt;
 
 #[derive(Args)]
 pub struct Options {
@@ -50,6 +51,7 @@ pub struct Options {
 /// When it did not move, or a client got a wrong answer.
 pub fn run(options: &Options) -> Result<()> {
     need_root()?;
+    remove_labs_on_interrupt()?;
     let programs = release_programs(options.programs.as_deref())?;
     let experiment = options.experiment();
     // The container on both hosts, and what is around it.
