@@ -11,6 +11,7 @@ pub mod capture;
 pub mod cli;
 pub mod engine;
 pub mod handoff;
+pub mod host;
 pub mod policy;
 pub mod restore;
 pub mod runtime;

@@ -5,7 +5,9 @@
 //! messages of ours: keep-alive probes run while nothing is sent, `TCP_USER_TIMEOUT` (tcp(7)) limits how long something
 //! sent may stay unacknowledged, so a dead host or a cut link ends a wait after [`PEER_SILENCE`] whatever its own limit.
 //!
-//! A cancellation ends only the waiting for messages, so a side that stops can still tell the other.
+//! A cancellation ends only the waiting for messages, so a side that stops can still tell the other. A side that is told
+//! something before the connection ends can still read it: after an error of [`ControlChannel::send`],
+//! [`ControlChannel::try_recv`] may have the peer's last words, and [`ControlChannel::finish`] sees to it that ours arrive.
 
 use super::cancel::Cancellation;
 use super::error::{Error, Result, socket};
@@ -19,7 +21,7 @@ use pclive_wire::control::{
 use pclive_wire::limits::{MAX_CONTROL_PAYLOAD, MAX_OPEN_PAYLOAD};
 use std::io::{ErrorKind, Read, Write};
 use std::marker::PhantomData;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -116,6 +118,22 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
             if !self.read_some()? {
                 return Ok(None);
             }
+        }
+    }
+
+    /// Ends the conversation after the last message, and waits for the peer to close, at most for `limit`. Just to close
+    /// would be unsafe: if something from the peer is unread then, TCP resets the connection, and the reset may overtake
+    /// our last message.
+    pub fn finish(mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut open = self.stream.shutdown(Shutdown::Write).is_ok();
+        while open {
+            open = match self.read_some() {
+                Ok(true) => true,
+                Ok(false) => self.wait(PollFlags::POLLIN, deadline, None).unwrap_or(false),
+                Err(_) => false,
+            };
+            self.inbox.clear();
         }
     }
 

@@ -14,7 +14,7 @@ use pclive_wire::limits::MAX_OPEN_PAYLOAD;
 use std::collections::HashMap;
 use std::future::Future;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +23,8 @@ use tokio::sync::Semaphore;
 
 /// Connections that have not said what they are, at most; more wait in the kernel's backlog.
 const MAX_STRANGERS: usize = 64;
+/// How often a wait for page streams looks whether it has been cancelled.
+const CANCELLATION_CHECK: Duration = Duration::from_millis(100);
 
 /// A migration that a source proposes.
 #[derive(Debug)]
@@ -44,6 +46,7 @@ pub struct Session {
     expected: u16,
     peer: SocketAddr,
     arrivals: Receiver<(u16, TcpStream)>,
+    cancellation: Cancellation,
     sessions: Sessions,
 }
 
@@ -58,12 +61,14 @@ impl Session {
         let deadline = Instant::now() + limit;
         let mut streams: Vec<Option<PageReceiver>> = (0..self.expected).map(|_| None).collect();
         while streams.iter().any(Option::is_none) {
+            self.cancellation.check()?;
             let left = deadline.saturating_duration_since(Instant::now());
-            let (index, stream) = match self.arrivals.recv_timeout(left) {
-                Ok(arrival) => arrival,
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    return Err(Error::TimedOut { what: "page stream", peer: self.peer, limit });
-                }
+            if left.is_zero() {
+                return Err(Error::TimedOut { what: "page stream", peer: self.peer, limit });
+            }
+            // In short waits, to notice a cancellation.
+            let Ok((index, stream)) = self.arrivals.recv_timeout(left.min(CANCELLATION_CHECK)) else {
+                continue;
             };
             match streams.get_mut(usize::from(index)) {
                 Some(slot @ None) => *slot = Some(PageReceiver::new(stream, self.peer)?),
@@ -96,14 +101,14 @@ impl Sessions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open(&self, expected: u16, peer: SocketAddr) -> Result<Session> {
+    fn open(&self, expected: u16, peer: SocketAddr, cancellation: Cancellation) -> Result<Session> {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| Error::Local("get random bytes", error.into()))?;
         let token = SessionToken(random);
         // Streams beyond the expected ones are turned away.
         let (arrive, arrivals) = sync_channel(expected.into());
         self.lock().insert(token, arrive);
-        Ok(Session { token, expected, peer, arrivals, sessions: self.clone() })
+        Ok(Session { token, expected, peer, arrivals, cancellation, sessions: self.clone() })
     }
 
     /// Whether the stream was wanted.
@@ -215,9 +220,10 @@ where
             }
             Ok(Err(error)) => {
                 if let Error::Frame { source: CodecError::Version { theirs }, .. } = error {
-                    let mut channel = DestinationChannel::new(stream, peer, self.cancellation.clone())?;
+                    let channel = DestinationChannel::new(stream, peer, self.cancellation.clone())?;
                     let refusal = RemoteError::Version { ours: codec::VERSION, theirs };
-                    channel.send(&DestinationMessage::Rejected(refusal))?;
+                    // Their message has not been read, so the answer takes its time to be heard.
+                    tokio::task::spawn_blocking(move || reject(channel, refusal));
                 }
                 Err(error)
             }
@@ -226,11 +232,12 @@ where
 
     /// Starts a migration's thread.
     fn begin(self: &Arc<Self>, proposal: Proposal, stream: TcpStream, peer: SocketAddr) -> Result {
-        let mut channel = DestinationChannel::new(stream, peer, self.cancellation.clone())?;
+        let channel = DestinationChannel::new(stream, peer, self.cancellation.clone())?;
         if let Err(error) = proposal.validate() {
-            return channel.send(&DestinationMessage::Rejected(RemoteError::Proposal(error)));
+            tokio::task::spawn_blocking(move || reject(channel, RemoteError::Proposal(error)));
+            return Ok(());
         }
-        let session = self.sessions.open(proposal.page_streams, peer)?;
+        let session = self.sessions.open(proposal.page_streams, peer, self.cancellation.clone())?;
         let incoming = Incoming { proposal, channel, session, cancellation: self.cancellation.clone() };
         // A thread's name has 15 bytes; what is beyond is cut by the kernel.
         let name = format!("m:{}", incoming.proposal.container);
@@ -254,6 +261,14 @@ async fn read_open(stream: &mut tokio::net::TcpStream, peer: SocketAddr) -> Resu
     let mut payload = vec![0; codec::payload_length(&header, MAX_OPEN_PAYLOAD).map_err(malformed)?];
     stream.read_exact(&mut payload).await.map_err(socket("receive from", peer))?;
     codec::decode(&payload).map_err(malformed)
+}
+
+/// Says why a migration does not begin. If the source is gone, it does not need to know.
+fn reject(mut channel: DestinationChannel, why: RemoteError) {
+    tracing::warn!(peer = %channel.peer(), "migration refused: {}", chain(&why));
+    if channel.send(&DestinationMessage::Rejected(why)).is_ok() {
+        channel.finish(OPENING);
+    }
 }
 
 /// An error with its causes on one line.

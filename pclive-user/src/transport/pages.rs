@@ -2,7 +2,7 @@
 //!
 //! A batch is built in a [`PageBuffer`]: the caller fills the contents, the sender writes header and runs in front, and
 //! one gathering `sendmsg` takes both. Where zero copy pays the kernel reads the buffer until the peer has acknowledged
-//! it, so buffers come back by the completions of the error queue; [`super::zerocopy`] decides.
+//! it, so buffers come back by the completions of the error queue. Whether it pays the first few completions say.
 //!
 //! The receiver reads contents straight into a page-aligned buffer of its pool and hands the buffer out with the batch.
 //! When all buffers are handed out it does not read, TCP closes the window and the source waits: memory stays bounded

@@ -38,8 +38,8 @@ pub const MAX_NAME: usize = 255;
 pub const MAX_XSTATE: usize = 64 << 10;
 /// Bytes of an auxiliary vector; the kernel's own limit is `2 * (AT_VECTOR_SIZE_BASE + AT_VECTOR_SIZE_ARCH + 1)` words.
 pub const MAX_AUXV: usize = 1024;
-/// Signals that can wait for one thread or process.
-pub const MAX_PENDING_SIGNALS: usize = 1024;
+/// Signals that can wait for one thread or process: what `RLIMIT_SIGPENDING` is by default on a host of 8 GiB.
+pub const MAX_PENDING_SIGNALS: usize = 1 << 15;
 
 /// Deserialises a list that may have at most `N` elements, failing at the first one beyond.
 pub(crate) fn at_most<'de, const N: usize, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>

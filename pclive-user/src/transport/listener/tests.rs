@@ -105,7 +105,8 @@ fn a_bad_proposal_is_refused_with_its_reason() {
 fn another_version_is_told_ours() {
     let server = Server::start(|_| panic!("nothing should begin"));
     let mut stream = TcpStream::connect(server.address).unwrap();
-    stream.write_all(b"PCLV\x07\x00\x00\x00\x00\x00\x00\x00").unwrap();
+    // Its message stays unread, and the answer comes all the same.
+    stream.write_all(b"PCLV\x07\x00\x00\x00\x05\x00\x00\x00hello").unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
     let expected = DestinationMessage::Rejected(RemoteError::Version { ours: codec::VERSION, theirs: 7 });
@@ -210,6 +211,21 @@ fn a_cancellation_ends_waiting_but_lets_the_peer_be_told_and_heard_out() {
     source.shield();
     destination.send(&DestinationMessage::Removed).unwrap();
     assert_eq!(source.recv(SOON).unwrap(), DestinationMessage::Removed);
+}
+
+#[test]
+fn the_last_words_arrive_although_something_is_unread() {
+    let (mut source, mut destination, _) = channels();
+    source.send(&SourceMessage::Commit).unwrap();
+    destination.send(&DestinationMessage::Ready).unwrap();
+    let finishing = thread::spawn(move || destination.finish(SOON));
+    // The source goes on talking for a while.
+    thread::sleep(Duration::from_millis(20));
+    source.send(&SourceMessage::Commit).unwrap();
+    assert_eq!(source.recv(SOON).unwrap(), DestinationMessage::Ready);
+    assert!(matches!(source.recv(SOON), Err(Error::Closed(_))));
+    drop(source);
+    finishing.join().unwrap();
 }
 
 #[test]
