@@ -7,6 +7,7 @@
 pub mod bundle;
 pub mod cgroup;
 mod command;
+pub mod links;
 mod oci;
 mod runc;
 mod sandbox;
@@ -16,6 +17,7 @@ mod testing;
 pub use bundle::{Bundle, BundleError, ContainerId, InvalidContainerId};
 pub use cgroup::{Cgroup, CgroupError};
 pub use command::CommandError;
+pub use links::{LinkError, Links};
 pub use runc::Runc;
 pub use sandbox::SandboxProcess;
 

@@ -10,6 +10,7 @@ pub mod mountns;
 pub mod namespace;
 pub mod netlink;
 pub mod owner;
+pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;

@@ -1,0 +1,265 @@
+//! The network links of a container: down while nobody may answer for it, and back as they were.
+//!
+//! The container's address is on two hosts during a migration. At the source the links go down at the freeze, so that
+//! no packet is answered by a host that will not run the container; at the destination they stay down until it runs.
+//! A link that goes down loses its routes and IPv6 addresses in the kernel (`fib_disable_ip`, `addrconf_ifdown`), so
+//! they are read before, and added again when it comes up. `lo` is left alone: its connections move as they are.
+//!
+//! Everything here is synchronous and on sockets that were opened in the namespace beforehand: it is called inside the
+//! blackout, from any thread.
+
+mod announce;
+mod netlink;
+mod snapshot;
+
+use netlink::{Netlink, Request};
+use netlink_packet_core::DecodeError;
+use pclive_sys::namespace::{NamespaceError, run_in_netns};
+use pclive_sys::packet::PacketSocket;
+use snapshot::Snapshot;
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+
+/// What went wrong with a container's links.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The container's network is the host's.
+    #[error(
+        "the container is in pclive's own network namespace: its links are the host's and cannot go down"
+    )]
+    OwnNamespace,
+    /// The network namespace cannot be entered.
+    #[error("cannot enter the container's network namespace")]
+    Namespace(#[from] NamespaceError),
+    /// A file that is needed cannot be used.
+    #[error("{call} {}", path.display())]
+    File {
+        /// What was being done.
+        call: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// A socket cannot be made in the namespace.
+    #[error("make a {kind} socket in the container's network namespace")]
+    Socket {
+        /// Which.
+        kind: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Talking to the kernel fails.
+    #[error("cannot {what} (netlink)")]
+    Netlink {
+        /// What was being done.
+        what: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The kernel's answer cannot be understood.
+    #[error("cannot {what}: unknown answer (netlink)")]
+    Decode {
+        /// What was being done.
+        what: &'static str,
+        /// Cause.
+        source: DecodeError,
+    },
+    /// A list changes all the time.
+    #[error("cannot {what}: it changes faster than it can be read")]
+    Unsettled {
+        /// What was being done.
+        what: &'static str,
+    },
+    /// The kernel refuses a change.
+    #[error("cannot {what}")]
+    Change {
+        /// What was being done, to which link, address or route.
+        what: String,
+        /// Cause.
+        source: nix::Error,
+    },
+    /// A route that cannot be added again by itself.
+    #[error(
+        "{route} uses a nexthop object, which pclive cannot restore: replace it by a route with a gateway"
+    )]
+    NexthopObject {
+        /// The route.
+        route: String,
+    },
+    /// A frame cannot be sent.
+    #[error("cannot announce {address} on link {link}")]
+    Announce {
+        /// The address.
+        address: std::net::IpAddr,
+        /// The link.
+        link: String,
+        /// Cause.
+        source: nix::Error,
+    },
+}
+
+/// The links of one network namespace.
+pub struct Links {
+    netlink: Netlink,
+    packets: PacketSocket,
+    /// What there was when it was looked at last: while the links are down, just before they went down.
+    snapshot: Snapshot,
+    down: bool,
+    detection: Vec<DuplicateDetection>,
+}
+
+impl fmt::Debug for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Links")
+            .field("snapshot", &self.snapshot)
+            .field("down", &self.down)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Links {
+    /// Opens what is needed in the network namespace `netns`; changes nothing.
+    ///
+    /// # Errors
+    /// [`LinkError::OwnNamespace`] if `netns` is the one that pclive itself is in.
+    pub fn open(netns: BorrowedFd<'_>) -> Result<Self, LinkError> {
+        if is_own(netns)? {
+            return Err(LinkError::OwnNamespace);
+        }
+        run_in_netns(netns, || {
+            let mut netlink = Netlink::open().map_err(socket_error("netlink"))?;
+            let packets =
+                PacketSocket::for_sending().map_err(|errno| socket_error("packet")(errno.into()))?;
+            let snapshot = Snapshot::take(&mut netlink)?;
+            let names = snapshot.links.iter().map(|link| link.name.as_str());
+            let detection = ["all"].into_iter().chain(names).filter_map(DuplicateDetection::open).collect();
+            Ok(Self { netlink, packets, snapshot, down: false, detection })
+        })?
+    }
+
+    /// Takes every link except `lo` down and remembers what that destroys. Idempotent.
+    pub fn take_down(&mut self) -> Result<(), LinkError> {
+        if self.down {
+            return Ok(());
+        }
+        self.snapshot = Snapshot::take(&mut self.netlink)?;
+        let up = self.snapshot.links.iter().filter(|link| link.up);
+        let mut requests: Vec<Request> = up.map(|link| link.set(false)).collect();
+        requests.extend(self.snapshot.remove_addresses.iter().cloned());
+        // Also after an error: some links may be down.
+        self.down = true;
+        self.netlink.apply(&requests)?;
+        // Detection is decided on when a link comes up; it must be off by then.
+        self.detection.iter_mut().try_for_each(DuplicateDetection::suspend)
+    }
+
+    /// Sets every link up, also those that were found down, with every address and route that was there: what the
+    /// destination does when the container runs. Announce the addresses next.
+    pub fn bring_up(&mut self) -> Result<(), LinkError> {
+        self.raise(|_| true)
+    }
+
+    /// Brings back what was found: what the source does when the container stays, and the destination when it does not
+    /// come.
+    pub fn restore(&mut self) -> Result<(), LinkError> {
+        self.raise(|was_up| was_up)
+    }
+
+    fn raise(&mut self, is_raised: impl Fn(bool) -> bool) -> Result<(), LinkError> {
+        if !self.down {
+            return Ok(());
+        }
+        let raised = self.snapshot.links.iter().filter(|link| is_raised(link.up));
+        let mut requests: Vec<Request> = raised.map(|link| link.set(true)).collect();
+        requests.extend(self.snapshot.restore.iter().cloned());
+        self.netlink.apply(&requests)?;
+        self.down = false;
+        Ok(())
+    }
+
+    /// Tells the neighbours on every Ethernet link that the addresses are here, by gratuitous ARP and unsolicited
+    /// neighbour advertisements. They are lost if sent before the network behind the link is ready: send them again.
+    pub fn announce(&self) -> Result<(), LinkError> {
+        let mut result = Ok(());
+        for (index, address) in &self.snapshot.addresses {
+            let Some(link) = self.snapshot.links.iter().find(|link| link.index == *index) else { continue };
+            let Some(mac) = link.mac else { continue };
+            for frame in announce::frames(*address, mac) {
+                if let Err(source) = self.packets.send(link.index, &frame) {
+                    let error = LinkError::Announce { address: *address, link: link.name.clone(), source };
+                    result = result.and(Err(error));
+                }
+            }
+        }
+        result
+    }
+}
+
+/// IPv6 duplicate address detection of one link, or of all: `net.ipv6.conf.LINK.accept_dad`
+/// (Documentation/networking/ip-sysctl.rst).
+///
+/// The addresses that pclive adds are exempt each by itself. A link's link-local address is made by the kernel as soon
+/// as it comes up, and would be tentative for a second: off for the links of this namespace as long as this lives.
+struct DuplicateDetection {
+    /// Stays bound to the namespace in which it was opened.
+    file: File,
+    path: PathBuf,
+    found: Option<Vec<u8>>,
+}
+
+impl DuplicateDetection {
+    /// `None` where there is no IPv6.
+    fn open(link: &str) -> Option<Self> {
+        let path = PathBuf::from(format!("/proc/sys/net/ipv6/conf/{link}/accept_dad"));
+        let file = File::options().read(true).write(true).open(&path).ok()?;
+        Some(Self { file, path, found: None })
+    }
+
+    fn suspend(&mut self) -> Result<(), LinkError> {
+        if self.found.is_none() {
+            let mut value = [0; 16];
+            let length = self.file.read_at(&mut value, 0).map_err(self.failed("read"))?;
+            self.file.write_all_at(b"0", 0).map_err(self.failed("write"))?;
+            self.found = Some(value[..length].to_vec());
+        }
+        Ok(())
+    }
+
+    fn failed(&self, call: &'static str) -> impl FnOnce(io::Error) -> LinkError {
+        let path = self.path.clone();
+        move |source| LinkError::File { call, path, source }
+    }
+}
+
+impl Drop for DuplicateDetection {
+    fn drop(&mut self) {
+        if let Some(value) = &self.found {
+            // Gone if the link or its namespace is.
+            let _ = self.file.write_all_at(value, 0);
+        }
+    }
+}
+
+/// Whether `netns` is the namespace that this process is in.
+fn is_own(netns: BorrowedFd<'_>) -> Result<bool, LinkError> {
+    let path = PathBuf::from("/proc/self/ns/net");
+    let own = std::fs::metadata(&path);
+    let other = netns.try_clone_to_owned().and_then(|netns| File::from(netns).metadata());
+    let identity = |file: Metadata| (file.dev(), file.ino());
+    match (own, other) {
+        (Ok(own), Ok(other)) => Ok(identity(own) == identity(other)),
+        (Err(source), _) | (_, Err(source)) => Err(LinkError::File { call: "examine", path, source }),
+    }
+}
+
+fn socket_error(kind: &'static str) -> impl FnOnce(io::Error) -> LinkError {
+    move |source| LinkError::Socket { kind, source }
+}
+
+#[cfg(test)]
+mod tests;
