@@ -1,2 +1,7 @@
 //! The `pclive` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pclive::cli::main()
+}

@@ -109,6 +109,12 @@ impl StoppedProcess {
     }
 }
 
+/// Ends stopped processes for good.
+pub fn kill_all(stopped: Vec<StoppedProcess>) {
+    let tracees = stopped.into_iter().flat_map(|process| process.threads).map(|thread| thread.tracee);
+    pclive_sys::ptrace::kill_all(tracees.collect());
+}
+
 /// Reads every thread of a stopped process. `arena` belongs to the process.
 pub fn capture_threads(
     process: &StoppedProcess,

@@ -1,3 +1,74 @@
-//! TODO
+//! The command line: one file for each command.
 
 pub mod check;
+mod migrate;
+mod progress;
+mod serve;
+
+use clap::{Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Exit codes of `pclive migrate`, which scripts depend on.
+mod exit {
+    /// Preflight found obstacles; nothing was touched.
+    pub const OBSTACLES: u8 = 3;
+    /// It failed; the container runs on at the source.
+    pub const FAILED: u8 = 4;
+    /// The outcome is unknown; the source's copy is frozen.
+    pub const UNKNOWN: u8 = 5;
+}
+
+/// Moves running containers between hosts while their clients stay connected.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::ServeArgs),
+    Migrate(migrate::MigrateArgs),
+    Check(check::CheckArgs),
+}
+
+/// How to reach the OCI runtime.
+#[derive(Debug, clap::Args)]
+struct RuntimeArgs {
+    /// OCI runtime: a name to be found in PATH, or a path.
+    #[arg(long, default_value = "runc", value_name = "PROGRAM")]
+    runtime: PathBuf,
+    /// The runtime's root directory, if not its own default.
+    #[arg(long, value_name = "RUNTIME_ROOT")]
+    root: Option<PathBuf>,
+}
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("PCLIVE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Migrate(args) => migrate::run(args),
+        Command::Check(args) => check::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("pclive: {error:#}");
+        ExitCode::from(exit::FAILED)
+    })
+}
+
+/// Until transport security exists, only loopback may be used without saying so.
+fn require_insecure(address: SocketAddr, insecure: bool) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        insecure || address.ip().is_loopback(),
+        "the connection would be neither encrypted nor authenticated: use a loopback address, or --insecure on a \
+         network that you trust"
+    );
+    Ok(())
+}

@@ -10,7 +10,7 @@ use pclive_sys::pidfd::{pidfd_getfd, pidfd_open};
 use pclive_sys::ptrace::{Stop, Tracee};
 use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstruction};
 use pclive_sys::uffd::{self, Features, Uffd};
-use pclive_wire::manifest::{Process, ProcessState, SpecialMapping, Thread};
+use pclive_wire::manifest::{FdEntry, Process, ProcessState, SpecialMapping, Thread};
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
 use procfs::process::{MMapPath, Process as Procfs};
 use std::collections::BTreeMap;
@@ -292,12 +292,9 @@ impl Parked {
         Ok(self.leader.detach()?)
     }
 
-    /// Ends it.
-    pub fn kill(self) -> Result<(), ParkedError> {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.leader.tid().0), nix::sys::signal::SIGKILL)
-            .map_err(call("kill"))?;
-        while !matches!(self.leader.wait()?, Stop::Gone(_)) {}
-        Ok(())
+    /// Its threads, the leader first.
+    pub fn into_tracees(self) -> Vec<Tracee> {
+        std::iter::once(self.leader).chain(self.threads.into_values()).collect()
     }
 
     fn thread(&self, tid: NsPid) -> Result<&Tracee, ParkedError> {
@@ -317,7 +314,7 @@ impl Parked {
         let ours = pidfd_getfd(self.pidfd.as_fd(), end(0)).map_err(call("pidfd_getfd"))?;
         let (filler, _) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
             .map_err(call("socketpair"))?;
-        let file = |entry: &pclive_wire::manifest::FdEntry| files.files[entry.description.0 as usize].as_fd();
+        let file = |entry: &FdEntry| files.get(entry.description).unwrap_or(filler.as_fd());
         descriptors::send(ours.as_fd(), &state.fds, file, filler.as_fd()).map_err(call("sendmsg"))?;
         let (socket_at, _) = descriptors::spare_fds(&state.fds);
         let socket_at = socket_at.max(end(1) + 1);

@@ -12,7 +12,7 @@ use super::files::OpenedFiles;
 use super::memory::Placement;
 use super::parked::{Parked, ParkedError};
 use super::{Sandbox, threads, vmas};
-use pclive_sys::ptrace::{Seize, Stop, Tracee};
+use pclive_sys::ptrace::{Seize, Stop, Tracee, kill_all};
 use pclive_sys::script::Script;
 use pclive_wire::manifest::{Backing, Manifest, Process};
 use pclive_wire::{NsPid, PageRange};
@@ -155,6 +155,15 @@ impl Skeleton {
         Ok(())
     }
 
+    /// Ends every process. The sandbox's runtime still has to remove what it made.
+    pub fn destroy(self) {
+        let mut tracees: Vec<Tracee> = Vec::new();
+        for process in self.processes.into_values() {
+            tracees.extend(process.into_tracees());
+        }
+        kill_all(tracees);
+    }
+
     fn reconcile_process(&mut self, process: &Process) -> Result<(), SkeletonError> {
         let pid = process.pid;
         let parked = self.processes.get_mut(&pid).expect("made before");
@@ -177,7 +186,7 @@ impl Skeleton {
         for pid in gone {
             self.placements.write().expect("no thread panics while it places pages").remove(&pid);
             let process = self.processes.remove(&pid).expect("just listed");
-            within(pid, process.kill())?;
+            kill_all(process.into_tracees());
         }
         Ok(())
     }

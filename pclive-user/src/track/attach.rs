@@ -78,7 +78,8 @@ pub struct Dirty {
 /// A process whose writes are tracked. Dropping it ends the tracking: nothing stays in the process.
 #[derive(Debug)]
 pub struct TrackedProcess {
-    uffd: Uffd,
+    /// None if the process was stopped before it was ever tracked.
+    uffd: Option<Uffd>,
     pagemap: Pagemap,
     memory: ProcessMemory,
     /// The layout of the last round.
@@ -119,7 +120,19 @@ impl TrackedProcess {
         let stopped_for = stopped_at.elapsed();
         let fd = taken?.map_err(|source| TrackError::TakeOver { pid, source })?;
         let uffd = Uffd::adopt(fd, pid, Features::TRACKING)?;
-        Ok(Self { uffd, pagemap, memory, layout: Vec::new(), sent: PageSet::new(), stopped_for })
+        Ok(Self { uffd: Some(uffd), pagemap, memory, layout: Vec::new(), sent: PageSet::new(), stopped_for })
+    }
+
+    /// A process that is stopped already: all its pages are dirty, and none will be written.
+    pub fn untracked(pid: HostPid) -> Result<Self, TrackError> {
+        Ok(Self {
+            uffd: None,
+            pagemap: Pagemap::open(pid)?,
+            memory: ProcessMemory::open(pid)?,
+            layout: Vec::new(),
+            sent: PageSet::new(),
+            stopped_for: Duration::ZERO,
+        })
     }
 
     /// The process's memory, to read pages from.
@@ -129,10 +142,12 @@ impl TrackedProcess {
 
     /// Begins a round: returns what was written since the last one, protecting it again. `layout` are the mappings now.
     pub fn begin_round(&mut self, layout: &[Vma]) -> Result<PageSet, TrackError> {
+        self.check_alive(layout)?;
         let mut found = Vec::new();
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
             if !self.pagemap.is_tracked(vma.range.start)? {
-                match self.uffd.register(vma.range, Mode::WriteProtect) {
+                let uffd = self.uffd.as_ref().expect("rounds are of tracked processes");
+                match uffd.register(vma.range, Mode::WriteProtect) {
                     // Unmapped since the layout was read: the next round knows.
                     Err(e) if matches!(e.errno(), Some(nix::Error::EINVAL | nix::Error::ENOMEM)) => continue,
                     registered => registered?,
@@ -149,6 +164,7 @@ impl TrackedProcess {
 
     /// The last round, with every thread stopped: nothing is protected, and pages that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
+        self.check_alive(layout)?;
         let mut found: Vec<Region> = Vec::new();
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
             self.pagemap.scan(vma.range, POPULATED, &mut found)?;
@@ -158,6 +174,16 @@ impl TrackedProcess {
         self.populated_of_new(layout, &mut found)?;
         let written = found.iter().map(|region| region.range).collect();
         Ok(Dirty { written, absent: self.sent.difference(&populated) })
+    }
+
+    /// `ESRCH` if the process has executed another program since: then `layout` is that of an address space which this
+    /// value knows nothing of, and scans would find nothing in the old one. Registering again tells, and changes nothing.
+    fn check_alive(&self, layout: &[Vma]) -> Result<(), TrackError> {
+        let first = layout.iter().find(|vma| has_own_pages(vma));
+        if let (Some(uffd), Some(vma)) = (&self.uffd, first) {
+            uffd.register(PageRange::new(vma.range.start, 1), Mode::WriteProtect)?;
+        }
+        Ok(())
     }
 
     /// Adds the populated pages of mappings that the destination maps anew, written or not.

@@ -246,6 +246,18 @@ impl Tracee {
     }
 }
 
+/// Kills the processes of these threads and waits until each thread is gone: a traced one that is not waited for stays,
+/// and keeps its process and its pid namespace from ending. Parents come before children, leaders before their threads.
+pub fn kill_all(tracees: Vec<Tracee>) {
+    for tracee in &tracees {
+        // SAFETY: kill takes two integers. It fails only for a thread that is gone, or is not a leader and dies with it.
+        unsafe { libc::kill(tracee.tid.0, libc::SIGKILL) };
+    }
+    for tracee in tracees.iter().rev() {
+        while !matches!(tracee.wait(), Ok(Stop::Gone(_)) | Err(_)) {}
+    }
+}
+
 /// Bytes in a `siginfo_t`.
 pub const SIGINFO_SIZE: usize = 128;
 const _: () = assert!(size_of::<libc::siginfo_t>() == SIGINFO_SIZE);

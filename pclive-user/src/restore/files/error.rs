@@ -6,6 +6,9 @@ use std::fmt;
 /// A description could not be made at the destination.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
+    /// A socket.
+    #[error(transparent)]
+    Socket(#[from] crate::restore::sockets::RestoreError),
     /// A system call failed.
     #[error("{call} for {object}")]
     Call {

@@ -3,7 +3,7 @@
 use super::error::FileError;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// What `F_SETFL` can change, except `O_ASYNC`, which needs an owner.
 const SETTABLE: OFlag =
@@ -19,7 +19,7 @@ pub(super) fn reopen(fd: RawFd, flags: u32) -> nix::Result<OwnedFd> {
 }
 
 /// Gives a description that was made without flags those of the source.
-pub(super) fn set(fd: &OwnedFd, flags: u32) -> Result<(), FileError> {
+pub(super) fn set(fd: BorrowedFd<'_>, flags: u32) -> Result<(), FileError> {
     let flags = OFlag::from_bits_truncate(flags as i32) & SETTABLE;
     if !flags.is_empty() {
         fcntl(fd, FcntlArg::F_SETFL(flags)).map_err(FileError::call("fcntl(F_SETFL)", fd.as_raw_fd()))?;

@@ -21,19 +21,35 @@ mod unlinked;
 pub use error::FileError;
 
 use crate::restore::Sandbox;
+use crate::restore::sockets::{RestoreError, RestoredSockets};
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use pclive_sys::signalfd::signalfd;
 use pclive_sys::timerfd::TimerSpec;
 use pclive_wire::manifest::{Description, DescriptionId, DescriptionKind, EpollTarget};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The descriptions of a container, open in this process.
 #[derive(Debug)]
 pub struct OpenedFiles {
-    /// One descriptor for each description, in the manifest's order; all close-on-exec.
-    pub files: Vec<OwnedFd>,
+    /// One descriptor for each description that is not a socket, in the manifest's order; all close-on-exec.
+    files: Vec<Option<OwnedFd>>,
+    /// The others.
+    sockets: RestoredSockets,
     /// For each epoll description what has to be added to it, by the process named in the target.
     pub epoll_targets: Vec<(DescriptionId, Vec<EpollTarget>)>,
+}
+
+impl OpenedFiles {
+    /// What was made of a description; `None` if the manifest has no such description.
+    pub fn get(&self, id: DescriptionId) -> Option<BorrowedFd<'_>> {
+        let file = self.files.get(id.0 as usize)?.as_ref();
+        file.map(AsFd::as_fd).or_else(|| self.sockets.get(id))
+    }
+
+    /// Lets the connections run: see [`RestoredSockets::go_live`].
+    pub fn go_live(self) -> Vec<RestoreError> {
+        self.sockets.go_live()
+    }
 }
 
 /// Makes every description of the manifest.
@@ -45,16 +61,19 @@ pub fn open_files(descriptions: &[Description], sandbox: &Sandbox) -> Result<Ope
     let mut files: Vec<Option<OwnedFd>> = descriptions.iter().map(|_| None).collect();
     let mut epoll_targets = Vec::new();
     pipe::open_all(descriptions, &mut files)?;
+    let sockets = RestoredSockets::restore(descriptions, sandbox.netns.as_fd())?;
     let mut unlinked = unlinked::Unlinked::new(descriptions, &sandbox.root);
     for (place, description) in descriptions.iter().enumerate() {
-        if files[place].is_none() {
-            files[place] = Some(open(description, sandbox, &mut unlinked)?);
+        match sockets.get(DescriptionId(place as u32)) {
+            Some(socket) => flags::set(socket, description.flags)?,
+            None if files[place].is_none() => files[place] = Some(open(description, sandbox, &mut unlinked)?),
+            None => {}
         }
         if let DescriptionKind::Epoll { targets } = &description.kind {
             epoll_targets.push((DescriptionId(place as u32), targets.clone()));
         }
     }
-    Ok(OpenedFiles { files: files.into_iter().flatten().collect(), epoll_targets })
+    Ok(OpenedFiles { files, sockets, epoll_targets })
 }
 
 /// Makes one description.
@@ -92,7 +111,7 @@ fn open(
 /// Gives a new description without a file its status flags.
 fn anonymous(flags: u32, made: Result<OwnedFd, FileError>) -> Result<OwnedFd, FileError> {
     let made = made?;
-    flags::set(&made, flags)?;
+    flags::set(made.as_fd(), flags)?;
     Ok(made)
 }
 

@@ -9,7 +9,6 @@
 //! answer to each later question.
 
 pub mod child;
-pub mod mappings;
 pub mod operations;
 pub mod process;
 pub mod region;
@@ -18,7 +17,7 @@ pub mod worker;
 
 use super::control::{self, Answer};
 use super::pattern::{Rng, instance};
-use region::FilePages;
+use region::{FilePages, mappings};
 use span::{Frame, PAGE, WORDS};
 use std::fs::File;
 use std::net::SocketAddr;
@@ -251,7 +250,7 @@ impl World {
                 }
             }
         }
-        match std::fs::read_to_string("/proc/self/maps").map(|text| mappings::parse(&text)) {
+        match std::fs::read_to_string("/proc/self/maps").map(|text| mappings(&text)) {
             Ok(mappings) => {
                 differences.extend(workers.iter().filter_map(|w| w.verify_protection(&mappings).err()))
             }

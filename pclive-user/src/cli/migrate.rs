@@ -1,0 +1,163 @@
+//! `pclive migrate`: moves a container.
+
+use super::progress::reporter;
+use super::{RuntimeArgs, exit, require_insecure};
+use crate::engine::report::Report;
+use crate::engine::source::{MigrateError, Options, migrate};
+use crate::runtime::{self, ContainerId};
+use crate::track::Tier;
+use crate::transport::Cancellation;
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use pclive_wire::Round;
+use pclive_wire::control::ApplyMode;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Move a running container to a host where `pclive serve` listens.
+///
+/// Exit code 0: it runs at the destination. 3: it cannot be moved, nothing was touched. 4: failed, it runs on here.
+/// 5: the outcome is unknown, the copy here is frozen.
+#[derive(Debug, clap::Args)]
+pub struct MigrateArgs {
+    /// The container, as the runtime names it.
+    container: String,
+    /// Address and port of the destination.
+    #[arg(long, value_name = "ADDR:PORT")]
+    to: SocketAddr,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+    /// one-shot: freeze, then move everything; pclive: the destination applies complete rounds; pclive-g: pages as they
+    /// arrive.
+    #[arg(long, value_enum, default_value_t = ModeArg::PcliveG)]
+    mode: ModeArg,
+    /// Keep the pages of rounds before this one in the destination's memory, and apply them from this round on.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    restore_from: u32,
+    /// Freeze after this many rounds at the latest.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    max_rounds: u32,
+    /// Freeze as soon as the predicted blackout is shorter than this, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 50)]
+    max_blackout: u64,
+    /// How writes are tracked.
+    #[arg(long, value_enum, default_value_t = TrackerArg::Auto)]
+    tracker: TrackerArg,
+    /// Allow a connection that is neither encrypted nor authenticated to an address that is not loopback.
+    #[arg(long)]
+    insecure: bool,
+    /// Write the report to this file; `-` for standard output.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ModeArg {
+    OneShot,
+    Pclive,
+    PcliveG,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TrackerArg {
+    Auto,
+    Fentry,
+    Tracepoint,
+    Scan,
+}
+
+/// Moves the container and reports.
+pub fn run(args: MigrateArgs) -> Result<ExitCode> {
+    require_insecure(args.to, args.insecure)?;
+    let runtime = runtime::open(&args.runtime.runtime, args.runtime.root.as_deref())?;
+    let cancellation = Cancellation::new()?;
+    cancellation.watch_signals()?;
+    let options = options(&args)?;
+    let mut report = Report::default();
+    let result = migrate(&options, runtime.as_ref(), &cancellation, reporter().as_mut(), &mut report);
+    let code = conclude(&result, &mut report);
+    if let Some(path) = &args.json {
+        write_report(path, &report)?;
+    }
+    Ok(code)
+}
+
+fn options(args: &MigrateArgs) -> Result<Options> {
+    let (mode, apply, max_rounds) = match args.mode {
+        ModeArg::OneShot => ("one-shot", ApplyMode::AtFreeze, 0),
+        ModeArg::Pclive => ("pclive", ApplyMode::AtRoundEnd, args.max_rounds),
+        ModeArg::PcliveG => ("pclive-g", ApplyMode::OnArrival, args.max_rounds),
+    };
+    let tracker = match args.tracker {
+        TrackerArg::Auto => Tier::best(),
+        TrackerArg::Fentry => Tier::Fentry,
+        TrackerArg::Tracepoint => Tier::Tracepoint,
+        TrackerArg::Scan => Tier::Scan,
+    };
+    tracker
+        .probe()
+        .with_context(|| format!("tracker {tracker} is not available on this host (see `pclive check`)"))?;
+    Ok(Options {
+        container: ContainerId::new(&args.container)?,
+        to: args.to,
+        mode: mode.into(),
+        apply,
+        restore_from: Round(args.restore_from),
+        max_rounds,
+        max_blackout: Duration::from_millis(args.max_blackout),
+        tracker,
+    })
+}
+
+/// Says how it ended, to the operator and in the report.
+fn conclude(result: &Result<(), MigrateError>, report: &mut Report) -> ExitCode {
+    let Err(error) = result else {
+        let ms = |us: u64| us as f64 / 1000.0;
+        println!(
+            "{} runs at the destination: blackout {:.1} ms, of which restore {:.1} ms; total {:.2} s",
+            report.container,
+            ms(report.blackout_us),
+            ms(report.restore_us),
+            report.total_us as f64 / 1e6
+        );
+        return ExitCode::SUCCESS;
+    };
+    let text = format!("{:#}", anyhow::Error::msg(chain(error)));
+    report.error = Some(text.clone());
+    let (result, code) = match error {
+        MigrateError::Obstacles(_) => ("failed", exit::OBSTACLES),
+        MigrateError::Unknown(_) | MigrateError::FailedAfterCommit(_) => ("unknown", exit::UNKNOWN),
+        MigrateError::Remains(_) => ("running", 0),
+        _ => ("failed", exit::FAILED),
+    };
+    report.result = result.into();
+    eprintln!("pclive: {text}");
+    if let MigrateError::Obstacles(obstacles) = error {
+        for obstacle in obstacles {
+            eprintln!(
+                "  process {}: {}: {} ({})",
+                obstacle.pid, obstacle.object, obstacle.reason, obstacle.remedy
+            );
+        }
+    }
+    if code == exit::FAILED {
+        eprintln!("pclive: {} runs on here", report.container);
+    }
+    ExitCode::from(code)
+}
+
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn write_report(path: &Path, report: &Report) -> Result<()> {
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    if path == Path::new("-") {
+        print!("{text}");
+        return Ok(());
+    }
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,215 @@
+//! The page streams at the destination, and what keeps them in step with the skeleton.
+//!
+//! A stream's thread may place pages of a round only when the skeleton has that round's mappings: it waits at the gate.
+//! A round is complete when every stream has brought its barrier. Pages that are to be applied later wait in one backlog
+//! for all streams, in the order of their arrival.
+
+use crate::restore::skeleton::SharedPlacements;
+use crate::transport::{Batch, PageEvent, PageReceiver};
+use pclive_wire::control::{ApplyMode, RoundSummary};
+use pclive_wire::page_frame::RunKind;
+use pclive_wire::{NsPid, PageRange, Round};
+use std::collections::HashMap;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// Why pages could not be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum PageError {
+    /// The stream failed.
+    #[error(transparent)]
+    Transport(#[from] crate::transport::Error),
+    /// A page could not be placed.
+    #[error("cannot place pages of process {pid}")]
+    Place {
+        /// Whose, as the container numbers it.
+        pid: NsPid,
+        /// Why.
+        source: pclive_sys::Error,
+    },
+    /// Pages of a process that does not exist.
+    #[error("pages of process {0}, which the manifest does not have")]
+    NoProcess(NsPid),
+    /// A round did not become complete in time.
+    #[error("the pages of round {0} did not arrive within {1:?}")]
+    Late(Round, Duration),
+    /// A stream's thread has stopped because of an earlier error, or because the migration is over.
+    #[error("the page streams are closed")]
+    Closed,
+}
+
+/// What the streams of one migration share.
+#[derive(Debug)]
+pub struct Gate {
+    apply: ApplyMode,
+    restore_from: Round,
+    placements: SharedPlacements,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Rounds before this one may be placed.
+    open_below: Round,
+    /// Streams that have brought the barrier of a round.
+    barriers: HashMap<Round, usize>,
+    arrived: HashMap<Round, RoundSummary>,
+    backlog: Vec<Batch>,
+    absent: Vec<(NsPid, PageRange)>,
+    apply_time: Duration,
+    closed: bool,
+    failure: Option<PageError>,
+}
+
+impl Gate {
+    /// A gate that is closed for every round.
+    pub fn new(apply: ApplyMode, restore_from: Round, placements: SharedPlacements) -> Self {
+        Self { apply, restore_from, placements, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Takes everything that a stream brings, until it is closed. Failures are kept for [`Gate::wait_for_round`].
+    pub fn run(&self, mut stream: PageReceiver) {
+        loop {
+            let result = stream.recv().map_err(PageError::from).and_then(|event| match event {
+                PageEvent::Batch(batch) => self.take(batch),
+                PageEvent::Barrier(round) => {
+                    *self.lock().barriers.entry(round).or_default() += 1;
+                    self.changed.notify_all();
+                    Ok(())
+                }
+            });
+            if let Err(error) = result {
+                let mut state = self.lock();
+                if !state.closed {
+                    state.failure.get_or_insert(error);
+                    state.closed = true;
+                }
+                self.changed.notify_all();
+                return;
+            }
+        }
+    }
+
+    /// Lets the pages of `round` in.
+    pub fn open(&self, round: Round) {
+        self.lock().open_below = Round(round.0 + 1);
+        self.changed.notify_all();
+    }
+
+    /// Ends every wait: the migration is over.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `streams` streams have brought everything of `round`; returns what arrived.
+    pub fn wait_for_round(
+        &self,
+        round: Round,
+        streams: usize,
+        limit: Duration,
+    ) -> Result<RoundSummary, PageError> {
+        let deadline = Instant::now() + limit;
+        let mut state = self.lock();
+        loop {
+            if let Some(failure) = state.failure.take() {
+                return Err(failure);
+            }
+            if state.barriers.get(&round) == Some(&streams) {
+                state.barriers.remove(&round);
+                let none = RoundSummary { round, pages: 0, zero_pages: 0, absent_pages: 0 };
+                return Ok(state.arrived.remove(&round).unwrap_or(none));
+            }
+            if state.closed {
+                return Err(PageError::Closed);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(PageError::Late(round, limit));
+            }
+            state = self.changed.wait_timeout(state, left).expect("no thread panics with the lock").0;
+        }
+    }
+
+    /// Places the backlog, if the policy says that its time has come with the end of `round`.
+    pub fn settle(&self, round: Round, last: bool) -> Result<(), PageError> {
+        let due = match self.apply {
+            ApplyMode::OnArrival | ApplyMode::AtRoundEnd => round.0 + 1 >= self.restore_from.0 || last,
+            ApplyMode::AtFreeze => last,
+        };
+        if due {
+            let backlog = std::mem::take(&mut self.lock().backlog);
+            for batch in backlog {
+                self.place(&batch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages that have vanished at the source, and are yet to be dropped here.
+    pub fn take_absent(&self) -> HashMap<NsPid, Vec<PageRange>> {
+        let mut by_process: HashMap<NsPid, Vec<PageRange>> = HashMap::new();
+        for (pid, range) in std::mem::take(&mut self.lock().absent) {
+            by_process.entry(pid).or_default().push(range);
+        }
+        by_process
+    }
+
+    /// Time spent on placing pages since the last call, over all streams.
+    pub fn take_apply_time(&self) -> Duration {
+        std::mem::take(&mut self.lock().apply_time)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no thread panics with the lock")
+    }
+
+    fn take(&self, batch: Batch) -> Result<(), PageError> {
+        let round = batch.round;
+        let mut state = self.lock();
+        while state.open_below <= round && !state.closed {
+            state = self.changed.wait(state).expect("no thread panics with the lock");
+        }
+        if state.closed {
+            return Err(PageError::Closed);
+        }
+        let none = RoundSummary { round, pages: 0, zero_pages: 0, absent_pages: 0 };
+        let arrived = state.arrived.entry(round).or_insert(none);
+        for run in batch.runs() {
+            match run.kind {
+                RunKind::Raw => arrived.pages += run.range.pages,
+                RunKind::Zero => arrived.zero_pages += run.range.pages,
+                RunKind::Absent => arrived.absent_pages += run.range.pages,
+            }
+        }
+        for run in batch.runs().iter().filter(|run| run.kind == RunKind::Absent) {
+            state.absent.push((batch.process, run.range));
+        }
+        drop(state);
+        if self.apply == ApplyMode::OnArrival && round >= self.restore_from {
+            return self.place(&batch);
+        }
+        let kept = batch.keep()?;
+        self.lock().backlog.push(kept);
+        Ok(())
+    }
+
+    fn place(&self, batch: &Batch) -> Result<(), PageError> {
+        let start = Instant::now();
+        let pid = batch.process;
+        let placements = self.placements.read().expect("no thread panics while it places pages");
+        let placement = placements.get(&pid).ok_or(PageError::NoProcess(pid))?;
+        for (run, contents) in batch.pieces() {
+            let placed = match run.kind {
+                RunKind::Raw => placement.place(run.range.start, contents),
+                RunKind::Zero => placement.place_zeros(run.range),
+                RunKind::Absent => Ok(()),
+            };
+            placed.map_err(|source| PageError::Place { pid, source })?;
+        }
+        drop(placements);
+        self.lock().apply_time += start.elapsed();
+        Ok(())
+    }
+}

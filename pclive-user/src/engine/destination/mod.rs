@@ -1,0 +1,408 @@
+//! The destination of a migration: makes the sandbox, keeps the skeleton equal to the manifests, and lets it run when the
+//! source has committed. Whatever fails before that is undone here completely.
+
+mod gate;
+
+pub use gate::PageError;
+
+use super::clock::Clock;
+use super::usage::{cpu_time, peak_rss_bytes};
+use crate::host::{self, HostError};
+use crate::restore::Sandbox;
+use crate::restore::files::{FileError, OpenedFiles, open_files};
+use crate::restore::skeleton::{Skeleton, SkeletonError};
+use crate::runtime::{Bundle, BundleError, ContainerId, LinkError, Links, Runtime, RuntimeError};
+use crate::transport::{self, DestinationChannel, Hangup, Incoming, PageReceiver, Session};
+use gate::Gate;
+use nix::fcntl::{OFlag, open};
+use nix::sys::resource::UsageWho;
+use nix::sys::stat::Mode;
+use pclive_wire::control::{
+    Accepted, DestinationMessage, Failure, Proposal, RemoteError, RoundApplied, RoundSummary, RunningReport,
+    SourceMessage,
+};
+use pclive_wire::facts::mismatches;
+use pclive_wire::manifest::Manifest;
+use pclive_wire::phase::Side;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long the source may be silent between two messages: a round over a slow link takes minutes.
+const NEXT_MESSAGE: Duration = Duration::from_secs(3600);
+/// How long the source may take to open its page streams.
+const PAGE_STREAMS: Duration = Duration::from_secs(10);
+/// How long the pages of a round may arrive after its end was announced.
+const ROUND_END: Duration = Duration::from_secs(60);
+
+/// Why a migration failed at the destination.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum DestinationError {
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error(transparent)]
+    Links(#[from] LinkError),
+    #[error("cannot build the container")]
+    Skeleton(#[from] SkeletonError),
+    #[error("cannot open the container's files")]
+    Files(#[from] FileError),
+    #[error(transparent)]
+    Pages(#[from] PageError),
+    /// A call of this process failed.
+    #[error("{call}")]
+    Call { call: &'static str, source: nix::Error },
+    /// The init of the sandbox could not be made.
+    #[error("cannot open {path}")]
+    Open { path: PathBuf, source: nix::Error },
+    /// The source says that it sent other pages than arrived.
+    #[error("pages are missing: sent {sent:?}, arrived {arrived:?}")]
+    Incomplete { sent: RoundSummary, arrived: RoundSummary },
+    /// The source did what the protocol does not allow.
+    #[error("protocol violation: {message} in state {state}")]
+    Protocol { state: &'static str, message: String },
+    /// The source gave up.
+    #[error("the source gave up: {0}")]
+    Aborted(pclive_wire::control::AbortReason),
+}
+
+impl DestinationError {
+    /// The error as the source will see it.
+    fn to_remote(&self) -> RemoteError {
+        match self {
+            Self::Incomplete { sent, arrived } => {
+                RemoteError::RoundIncomplete { sent: *sent, arrived: *arrived }
+            }
+            Self::Protocol { state, message } => {
+                RemoteError::Protocol { state: (*state).into(), message: message.clone() }
+            }
+            other => RemoteError::Failed(Failure::from_error(other)),
+        }
+    }
+}
+
+fn call(call: &'static str) -> impl FnOnce(nix::Error) -> DestinationError {
+    move |source| DestinationError::Call { call, source }
+}
+
+/// How a migration ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// The container runs here.
+    Running {
+        /// From the last byte of the final state to the container running, in microseconds.
+        restore_us: u64,
+    },
+    /// The proposal was not taken up; nothing was made.
+    Rejected(RemoteError),
+    /// It failed; nothing is left of it, unless the second error says otherwise.
+    Failed(DestinationError, Option<RuntimeError>),
+}
+
+/// Takes containers.
+#[derive(Debug)]
+pub struct Destination {
+    runtime: Box<dyn Runtime>,
+    bundles: PathBuf,
+}
+
+impl Destination {
+    /// Takes containers whose bundles are below `bundles`.
+    pub fn new(runtime: Box<dyn Runtime>, bundles: &Path) -> Self {
+        Self { runtime, bundles: bundles.to_owned() }
+    }
+
+    /// Carries out one migration, to its end.
+    pub fn migrate(&self, incoming: Incoming) -> Result<Ended, DestinationError> {
+        let Incoming { proposal, mut channel, session, cancellation: _ } = incoming;
+        let bundle = match self.consider(&proposal) {
+            Ok(bundle) => bundle,
+            Err(refusal) => {
+                channel.send(&DestinationMessage::Rejected(refusal.clone()))?;
+                return Ok(Ended::Rejected(refusal));
+            }
+        };
+        let facts = host::facts()?;
+        channel.send(&DestinationMessage::Accepted(Accepted { token: session.token(), facts }))?;
+        let built = Building::start(self, &bundle, &proposal, &mut channel, &session)
+            .and_then(|building| building.run(&mut channel));
+        match built {
+            Ok(restore_us) => Ok(Ended::Running { restore_us }),
+            Err(error) => Ok(self.undo(&bundle, &mut channel, error)),
+        }
+    }
+
+    /// Whether the proposal can be taken up at all.
+    fn consider(&self, proposal: &Proposal) -> Result<Bundle, RemoteError> {
+        let failed =
+            |error: &(dyn std::error::Error + 'static)| RemoteError::Failed(Failure::from_error(error));
+        let facts = host::facts().map_err(|e| failed(&e))?;
+        let differing = mismatches(&proposal.facts, &facts);
+        if !differing.is_empty() {
+            return Err(RemoteError::HostMismatch(differing));
+        }
+        let id = ContainerId::new(&proposal.container).map_err(|e| failed(&e))?;
+        let bundle = Bundle::open(&self.bundles, &id).map_err(|e| failed(&e))?;
+        match self.runtime.state(&id) {
+            Err(RuntimeError::NotFound { .. }) => Ok(bundle),
+            Err(error) => Err(failed(&error)),
+            Ok(_) => Err(RemoteError::NameTaken { container: proposal.container.clone() }),
+        }
+    }
+
+    /// Removes what was made, and tells the source.
+    fn undo(&self, bundle: &Bundle, channel: &mut DestinationChannel, error: DestinationError) -> Ended {
+        let cleanup = self.runtime.delete(bundle.id()).err();
+        let message = match (&error, &cleanup) {
+            (DestinationError::Aborted(_), None) => DestinationMessage::Removed,
+            (_, None) => DestinationMessage::Failed(error.to_remote()),
+            (_, Some(cleanup)) => DestinationMessage::Failed(RemoteError::NotCleanedUp {
+                error: Failure::from_error(&error),
+                cleanup: Failure::from_error(cleanup),
+            }),
+        };
+        if let Err(lost) = channel.send(&message) {
+            tracing::debug!("the source cannot be told: {lost}");
+        }
+        Ended::Failed(error, cleanup)
+    }
+}
+
+/// A migration under way. Dropping it ends every process of the skeleton.
+struct Building {
+    clock: Clock,
+    skeleton: Option<Skeleton>,
+    links: Links,
+    gate: Arc<Gate>,
+    streams: Vec<Stream>,
+    files: Option<OpenedFiles>,
+}
+
+/// A page stream and the thread that serves it.
+struct Stream {
+    hangup: Hangup,
+    thread: JoinHandle<Duration>,
+}
+
+impl Building {
+    fn start(
+        destination: &Destination,
+        bundle: &Bundle,
+        proposal: &Proposal,
+        channel: &mut DestinationChannel,
+        session: &Session,
+    ) -> Result<Self, DestinationError> {
+        let _ = channel;
+        let receivers = session.streams(PAGE_STREAMS)?;
+        let mut clock = Clock::start(Side::Destination);
+        clock.enter("sandbox");
+        let sandbox = make_sandbox(destination.runtime.as_ref(), bundle)?;
+        let mut links = Links::open(sandbox.netns.as_fd())?;
+        links.take_down()?;
+        clock.enter("rounds");
+        let skeleton = Skeleton::adopt(sandbox)?;
+        let gate = Arc::new(Gate::new(proposal.apply, proposal.restore_from, skeleton.placements()));
+        let mut building =
+            Self { clock, skeleton: Some(skeleton), links, gate, streams: Vec::new(), files: None };
+        for receiver in receivers {
+            building.add_stream(receiver)?;
+        }
+        Ok(building)
+    }
+
+    fn add_stream(&mut self, receiver: PageReceiver) -> Result<(), DestinationError> {
+        let hangup = receiver.hangup()?;
+        let gate = self.gate.clone();
+        let serve = move || {
+            gate.run(receiver);
+            thread_cpu_time()
+        };
+        self.streams.push(Stream { hangup, thread: std::thread::spawn(serve) });
+        Ok(())
+    }
+
+    /// Follows the source's messages to the end. Returns `restore_us`.
+    fn run(mut self, channel: &mut DestinationChannel) -> Result<u64, DestinationError> {
+        let last = loop {
+            match channel.recv(NEXT_MESSAGE)? {
+                SourceMessage::Manifest(manifest) if manifest.last => break manifest,
+                SourceMessage::Manifest(manifest) => self.reconcile(&manifest, channel)?,
+                SourceMessage::RoundEnd(sent) => self.end_round(sent, channel)?,
+                SourceMessage::Abort(reason) => return Err(DestinationError::Aborted(reason)),
+                other => return Err(unexpected("rounds", &other)),
+            }
+        };
+        self.clock.enter("restore");
+        let received = Instant::now();
+        self.build(&last)?;
+        channel.send(&DestinationMessage::Ready)?;
+        self.clock.enter("wait for commit");
+        match channel.recv(NEXT_MESSAGE)? {
+            SourceMessage::Commit => {}
+            SourceMessage::Abort(reason) => return Err(DestinationError::Aborted(reason)),
+            other => return Err(unexpected("ready", &other)),
+        }
+        self.resume(channel, received)
+    }
+
+    fn reconcile(
+        &mut self,
+        manifest: &Manifest,
+        channel: &mut DestinationChannel,
+    ) -> Result<(), DestinationError> {
+        let start = Instant::now();
+        self.skeleton().reconcile(manifest)?;
+        self.gate.open(manifest.round);
+        let duration_us = start.elapsed().as_micros() as u64;
+        Ok(channel.send(&DestinationMessage::Reconciled { round: manifest.round, duration_us })?)
+    }
+
+    fn end_round(
+        &mut self,
+        sent: RoundSummary,
+        channel: &mut DestinationChannel,
+    ) -> Result<(), DestinationError> {
+        let arrived = self.gate.wait_for_round(sent.round, self.streams.len(), ROUND_END)?;
+        if arrived != sent {
+            return Err(DestinationError::Incomplete { sent, arrived });
+        }
+        self.gate.settle(sent.round, false)?;
+        let applied = RoundApplied {
+            round: sent.round,
+            pages: arrived.pages,
+            apply_us: self.gate.take_apply_time().as_micros() as u64,
+        };
+        Ok(channel.send(&DestinationMessage::RoundApplied(applied))?)
+    }
+
+    /// Everything up to the point where the container only needs to be let go.
+    fn build(&mut self, last: &Manifest) -> Result<(), DestinationError> {
+        self.skeleton().reconcile(last)?;
+        self.clock.enter("settle pages");
+        self.gate.settle(last.round, true)?;
+        for (pid, ranges) in self.gate.take_absent() {
+            self.skeleton().drop_pages(pid, &ranges)?;
+        }
+        self.clock.enter("open files");
+        let files = open_files(&last.descriptions, self.skeleton().sandbox())?;
+        self.clock.enter("finish processes");
+        self.skeleton().finish(last, &files)?;
+        self.clock.enter("ready");
+        self.files = Some(files);
+        Ok(())
+    }
+
+    /// Behind the point of no return: the container is this host's, whatever happens to the connection.
+    fn resume(
+        mut self,
+        channel: &mut DestinationChannel,
+        received: Instant,
+    ) -> Result<u64, DestinationError> {
+        channel.shield();
+        let commit_received_us = self.clock.now_us();
+        self.clock.enter("links up");
+        self.links.bring_up()?;
+        self.clock.enter("announce");
+        self.links.announce()?;
+        self.clock.enter("sockets live");
+        if let Some(files) = self.files.take() {
+            for failed in files.go_live() {
+                tracing::error!("a connection is lost: {failed}");
+            }
+        }
+        self.clock.enter("resume");
+        if let Some(skeleton) = self.skeleton.take() {
+            skeleton.release()?;
+        }
+        let restore_us = received.elapsed().as_micros() as u64;
+        self.clock.leave();
+        let report = RunningReport {
+            restore_us,
+            phases: self.clock.phases().to_vec(),
+            commit_received_us,
+            sent_us: self.clock.now_us(),
+            cpu_us: 0,
+            peak_rss_bytes: peak_rss_bytes(),
+        };
+        if let Err(lost) = channel.send(&DestinationMessage::Running(Box::new(report))) {
+            tracing::warn!("the container runs here, but the source cannot be told: {lost}");
+        }
+        Ok(restore_us)
+    }
+
+    fn skeleton(&mut self) -> &mut Skeleton {
+        self.skeleton.as_mut().expect("taken only at resume")
+    }
+}
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        self.gate.close();
+        for stream in self.streams.drain(..) {
+            stream.hangup.hang_up();
+            if stream.thread.join().is_err() {
+                tracing::error!("the thread of a page stream panicked");
+            }
+        }
+        if let Some(skeleton) = self.skeleton.take() {
+            skeleton.destroy();
+            if let Err(error) = self.links.restore() {
+                tracing::error!("the links of the container that did not come: {error}");
+            }
+        }
+    }
+}
+
+fn unexpected(state: &'static str, message: &SourceMessage) -> DestinationError {
+    let message = match message {
+        SourceMessage::Manifest(_) => "manifest",
+        SourceMessage::RoundEnd(_) => "end of a round",
+        SourceMessage::Commit => "commit",
+        SourceMessage::Abort(_) => "abort",
+        SourceMessage::Destroyed => "destroyed",
+    };
+    DestinationError::Protocol { state, message: message.into() }
+}
+
+/// Has the runtime make the container with pclive's init in it.
+fn make_sandbox(runtime: &dyn Runtime, bundle: &Bundle) -> Result<Sandbox, DestinationError> {
+    let init = pclive_sys::init::executable().map_err(call("memfd_create"))?;
+    let stdio = open_stdio(bundle)?;
+    let process =
+        runtime.create_sandbox(bundle, init.as_fd(), [&stdio[0], &stdio[1], &stdio[2]].map(AsFd::as_fd))?;
+    let open_proc = |file: &str, flags: OFlag| {
+        let path = PathBuf::from(format!("/proc/{}/{file}", process.init));
+        open(&path, flags | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(|source| DestinationError::Open { path, source })
+    };
+    Ok(Sandbox {
+        init: process.init,
+        root: open_proc("root", OFlag::O_PATH | OFlag::O_DIRECTORY)?,
+        netns: open_proc("ns/net", OFlag::O_RDONLY)?,
+        stdio,
+    })
+}
+
+/// What the container gets as its standard streams: nothing to read, and a log beside its configuration.
+fn open_stdio(bundle: &Bundle) -> Result<[OwnedFd; 3], DestinationError> {
+    let open_path = |path: PathBuf, flags: OFlag| {
+        open(&path, flags | OFlag::O_CLOEXEC, Mode::from_bits_truncate(0o640))
+            .map_err(|source| DestinationError::Open { path, source })
+    };
+    let log =
+        || open_path(bundle.path().join("stdio.log"), OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND);
+    Ok([open_path("/dev/null".into(), OFlag::O_RDONLY)?, log()?, log()?])
+}
+
+/// Processor time of this thread so far.
+fn thread_cpu_time() -> Duration {
+    cpu_time(UsageWho::RUSAGE_THREAD)
+}

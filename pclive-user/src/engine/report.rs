@@ -1,0 +1,69 @@
+//! What a migration reports: printed by `pclive migrate --json`, read by benchmarks.
+
+use pclive_wire::phase::Phase;
+use serde::{Deserialize, Serialize};
+
+/// The report of one migration.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// `one-shot`, `pclive` or `pclive-g`.
+    pub mode: String,
+    /// Tier of the tracker that was used.
+    pub tracker: String,
+    /// The container.
+    pub container: String,
+    /// One entry for each round; the last is the one after the freeze.
+    pub rounds: Vec<RoundReport>,
+    /// Pages that were zero and travelled without contents.
+    pub zero_pages: u64,
+    /// Bytes sent on the page streams.
+    pub bytes_sent: u64,
+    /// Zero-copy sends.
+    pub zerocopy: ZerocopyReport,
+    /// From the first thread stopped at the source to the container running at the destination.
+    pub blackout_us: u64,
+    /// At the destination: from the last byte of the final state received to the container running.
+    pub restore_us: u64,
+    /// From the begin of the migration to the source's copy being gone.
+    pub total_us: u64,
+    /// For how long processes were stopped to attach the tracking, together.
+    pub attach_stop_us: u64,
+    /// Phases of both sides on the source's clock, sorted by begin.
+    pub phases: Vec<Phase>,
+    /// How exactly the destination's phases are placed on the source's clock.
+    pub clock_uncertainty_us: i64,
+    /// Processor time of pclive at the source.
+    pub source_cpu_us: u64,
+    /// Processor time of this migration at the destination.
+    pub destination_cpu_us: u64,
+    /// Peak resident memory of pclive at the destination.
+    pub destination_peak_rss_bytes: u64,
+    /// `running`: the container runs at the destination; `failed`: at the source; `unknown`.
+    pub result: String,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// What could not be had on these hosts, and what was done instead.
+    pub degraded: Vec<String>,
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Pages sent with contents.
+    pub pages: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Pages that the tracker found dirty.
+    pub dirty_pages: u64,
+    /// From its begin to the destination having applied it.
+    pub duration_us: u64,
+}
+
+/// How zero copy did.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct ZerocopyReport {
+    /// Sends with `MSG_ZEROCOPY`.
+    pub sends: u64,
+    /// Of these, sends that the kernel copied all the same.
+    pub copied: u64,
+}

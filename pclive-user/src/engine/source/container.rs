@@ -1,0 +1,279 @@
+//! The container at the source: its processes, what tracks them, and what stops them.
+
+use crate::capture::SourceProcess;
+use crate::capture::env::{ContainerEnv, EnvError};
+use crate::capture::process::{ProcessError, capture_layout, capture_stopped};
+use crate::capture::threads::{StoppedProcess, ThreadError};
+use crate::capture::tree::{TreeError, read_threads, read_tree};
+use crate::capture::vmas::VmaReader;
+use crate::runtime::{Cgroup, CgroupError};
+use crate::track::attach::{Dirty, TrackError, TrackedProcess};
+use crate::track::pageset::PageSet;
+use pclive_wire::manifest::{Process, Thread};
+use pclive_wire::{HostPid, NsPid};
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+/// Why the container could not be read or stopped.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ContainerError {
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot read process {pid}")]
+    Process { pid: HostPid, source: ProcessError },
+    #[error("cannot track the writes of process {pid}")]
+    Track { pid: HostPid, source: TrackError },
+    #[error("cannot stop process {pid}")]
+    Stop { pid: HostPid, source: ThreadError },
+    /// The container has no processes.
+    #[error("the container has ended")]
+    Ended,
+}
+
+/// What is kept about a process from round to round.
+#[derive(Debug)]
+struct Live {
+    vmas: VmaReader,
+    tracked: Option<TrackedProcess>,
+}
+
+impl Live {
+    /// The layout of the process, and the pages that were written since the last round.
+    fn round(
+        &mut self,
+        process: &SourceProcess,
+        parent: NsPid,
+        attach_stop: &mut Duration,
+    ) -> Result<(Process, PageSet), ContainerError> {
+        let pid = process.pid;
+        let at = |source| ContainerError::Process { pid, source };
+        let track = |source| ContainerError::Track { pid, source };
+        loop {
+            let layout =
+                capture_layout(process, parent, running_threads(pid)?, &mut self.vmas).map_err(at)?;
+            let tracked = match &mut self.tracked {
+                Some(tracked) => tracked,
+                none => {
+                    let attached = TrackedProcess::attach(process, &layout.vmas).map_err(track)?;
+                    *attach_stop += attached.stopped_for;
+                    none.insert(attached)
+                }
+            };
+            match tracked.begin_round(&layout.vmas) {
+                Ok(written) => return Ok((layout, written)),
+                // It executed another program: its new address space is tracked from the beginning.
+                Err(error) if error.is_gone() && !has_ended(pid) => self.tracked = None,
+                Err(error) => return Err(track(error)),
+            }
+        }
+    }
+
+    /// The same after the freeze, with the pages that have vanished.
+    fn last_round(
+        &mut self,
+        process: &SourceProcess,
+        parent: NsPid,
+        threads: Vec<Thread>,
+    ) -> Result<(Process, Dirty), ContainerError> {
+        let pid = process.pid;
+        let track = |source| ContainerError::Track { pid, source };
+        let layout = capture_layout(process, parent, threads, &mut self.vmas)
+            .map_err(|source| ContainerError::Process { pid, source })?;
+        loop {
+            let tracked = match &mut self.tracked {
+                Some(tracked) => tracked,
+                none => none.insert(TrackedProcess::untracked(pid).map_err(track)?),
+            };
+            match tracked.last_round(&layout.vmas) {
+                Ok(dirty) => return Ok((layout, dirty)),
+                Err(error) if error.is_gone() => self.tracked = None,
+                Err(error) => return Err(track(error)),
+            }
+        }
+    }
+}
+
+/// The processes of the container.
+#[derive(Debug)]
+pub struct Container {
+    cgroup: Cgroup,
+    env: ContainerEnv,
+    /// Parents before children.
+    processes: Vec<SourceProcess>,
+    live: HashMap<HostPid, Live>,
+    attach_stop: Duration,
+}
+
+impl Container {
+    /// The container whose PID 1 is `init` on this host.
+    pub fn open(init: HostPid) -> Result<Self, ContainerError> {
+        let mut container = Self {
+            cgroup: Cgroup::of(init)?,
+            env: ContainerEnv::open(init)?,
+            processes: Vec::new(),
+            live: HashMap::new(),
+            attach_stop: Duration::ZERO,
+        };
+        container.refresh()?;
+        Ok(container)
+    }
+
+    /// Its cgroup.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// Its surroundings.
+    pub fn env(&self) -> &ContainerEnv {
+        &self.env
+    }
+
+    /// Its processes, parents before children, as of the last [`Container::refresh`].
+    pub fn processes(&self) -> &[SourceProcess] {
+        &self.processes
+    }
+
+    /// For how long processes were stopped to attach, together.
+    pub fn attach_stop(&self) -> Duration {
+        self.attach_stop
+    }
+
+    /// Reads the process tree again.
+    pub fn refresh(&mut self) -> Result<(), ContainerError> {
+        self.processes = read_tree(&self.cgroup.processes()?)?;
+        if self.processes.first().is_none_or(|first| first.ns_pid != NsPid(1)) {
+            return Err(ContainerError::Ended);
+        }
+        let alive: HashSet<HostPid> = self.processes.iter().map(|process| process.pid).collect();
+        self.live.retain(|pid, _| alive.contains(pid));
+        for process in &self.processes {
+            let vmas = || Live { vmas: VmaReader::new(process.pid), tracked: None };
+            self.live.entry(process.pid).or_insert_with(vmas);
+        }
+        Ok(())
+    }
+
+    /// The layout of every process, and the pages that were written since the last round. Processes that end meanwhile are
+    /// left out; the next round knows.
+    pub fn begin_round(&mut self) -> Result<Vec<(Process, PageSet)>, ContainerError> {
+        self.refresh()?;
+        let mut round = Vec::with_capacity(self.processes.len());
+        let mut gone = HashSet::new();
+        for process in &self.processes {
+            let pid = process.pid;
+            if gone.contains(&process.parent) {
+                gone.insert(pid);
+                continue;
+            }
+            let parent = ns_pid(&self.processes, process.parent);
+            let live = self.live.get_mut(&pid).expect("every process has an entry");
+            match live.round(process, parent, &mut self.attach_stop) {
+                Ok((layout, written)) => round.push((layout, written)),
+                Err(error) if is_gone(&error) && process.ns_pid != NsPid(1) => {
+                    gone.insert(pid);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        for pid in &gone {
+            self.live.remove(pid);
+        }
+        Ok(round)
+    }
+
+    /// Stops every thread of every process, also those that are being made meanwhile.
+    pub fn stop(&mut self) -> Result<Vec<StoppedProcess>, ContainerError> {
+        let mut stopped: Vec<StoppedProcess> = Vec::new();
+        loop {
+            self.refresh()?;
+            let known: HashSet<HostPid> = stopped.iter().map(|process| process.pid).collect();
+            let new: Vec<&SourceProcess> =
+                self.processes.iter().filter(|process| !known.contains(&process.pid)).collect();
+            if new.is_empty() {
+                break;
+            }
+            for process in new {
+                let pid = process.pid;
+                match StoppedProcess::stop(process) {
+                    Ok(process) => stopped.push(process),
+                    Err(_) if has_ended(pid) => {}
+                    Err(source) => return Err(ContainerError::Stop { pid, source }),
+                }
+            }
+        }
+        // In the order of the tree.
+        let place = |pid: HostPid| self.processes.iter().position(|process| process.pid == pid);
+        stopped.retain(|process| place(process.pid).is_some());
+        stopped.sort_by_key(|process| place(process.pid));
+        Ok(stopped)
+    }
+
+    /// The layout and the last dirty pages of every process. All threads are stopped.
+    pub fn last_round(
+        &mut self,
+        stopped: &[StoppedProcess],
+    ) -> Result<Vec<(Process, Dirty)>, ContainerError> {
+        let mut round = Vec::with_capacity(stopped.len());
+        for (process, stopped) in self.processes.iter().zip(stopped) {
+            let parent = ns_pid(&self.processes, process.parent);
+            let live = self.live.get_mut(&process.pid).expect("every process has an entry");
+            let threads =
+                stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
+            round.push(live.last_round(process, parent, threads)?);
+        }
+        Ok(round)
+    }
+
+    /// Every process with all its state, apart from descriptors.
+    pub fn capture(&mut self, stopped: &[StoppedProcess]) -> Result<Vec<Process>, ContainerError> {
+        let mut captured = Vec::with_capacity(stopped.len());
+        for (process, stopped) in self.processes.iter().zip(stopped) {
+            let pid = process.pid;
+            let parent = ns_pid(&self.processes, process.parent);
+            let live = self.live.get_mut(&pid).expect("every process has an entry");
+            let process = capture_stopped(process, parent, stopped, &mut live.vmas);
+            captured.push(process.map_err(|source| ContainerError::Process { pid, source })?);
+        }
+        Ok(captured)
+    }
+
+    /// The tracked process with this number inside.
+    pub fn tracked(&self, pid: NsPid) -> Option<&TrackedProcess> {
+        let process = self.processes.iter().find(|process| process.ns_pid == pid)?;
+        self.live.get(&process.pid)?.tracked.as_ref()
+    }
+
+    /// Ends the tracking: nothing of pclive stays in the processes.
+    pub fn detach(&mut self) {
+        self.live.clear();
+    }
+}
+
+/// The number of a process inside; 0 if it is not of the container.
+fn ns_pid(processes: &[SourceProcess], host: HostPid) -> NsPid {
+    processes.iter().find(|process| process.pid == host).map_or(NsPid(0), |process| process.ns_pid)
+}
+
+fn running_threads(pid: HostPid) -> Result<Vec<Thread>, ContainerError> {
+    Ok(read_threads(pid)?.into_iter().map(|(_, tid)| Thread { tid, state: None }).collect())
+}
+
+/// Whether a process no longer runs: its number is free, or it waits to be reaped.
+fn has_ended(pid: HostPid) -> bool {
+    let state =
+        procfs::process::Process::new(pid.0).and_then(|process| process.stat()).map(|stat| stat.state);
+    state.map_or(true, |state| matches!(state, 'Z' | 'X'))
+}
+
+fn is_gone(error: &ContainerError) -> bool {
+    match error {
+        ContainerError::Tree(error) => error.is_gone(),
+        ContainerError::Process { pid, .. } | ContainerError::Track { pid, .. } => has_ended(*pid),
+        _ => false,
+    }
+}

@@ -1,0 +1,314 @@
+//! The source of a migration: rounds while the container runs, the freeze, the handoff, and the end of the source's copy.
+//!
+//! Whatever fails before the commit leaves the container running here, untouched: threads are let go, links come up, the
+//! userfaultfds are closed. Behind the commit this side never lets the container run again by itself.
+
+mod container;
+mod freeze;
+mod pages;
+mod rounds;
+
+pub use container::ContainerError;
+pub use pages::SendError;
+
+use super::clock::Clock;
+use super::report::{Report, RoundReport};
+use super::usage::cpu_time;
+use crate::capture::Obstacle;
+use crate::capture::files::FileError;
+use crate::host::{self, HostError};
+use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
+use crate::track::Tier;
+use crate::transport::{self, Cancellation, PageSender, SourceChannel};
+use container::Container;
+use nix::sys::resource::UsageWho;
+use pclive_wire::Round;
+use pclive_wire::control::{
+    AbortReason, ApplyMode, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage,
+};
+use pclive_wire::facts::mismatches;
+use pclive_wire::phase::{ClockJoin, Side};
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+/// How long the destination may take for a step that it answers.
+const STEP: Duration = Duration::from_secs(120);
+
+/// What `pclive migrate` was asked for.
+#[derive(Debug)]
+pub struct Options {
+    /// The container.
+    pub container: ContainerId,
+    /// The destination.
+    pub to: SocketAddr,
+    /// Its name for reports.
+    pub mode: String,
+    /// When the destination applies pages.
+    pub apply: ApplyMode,
+    /// Rounds before this one wait in the destination's memory.
+    pub restore_from: Round,
+    /// Rounds before the freeze, at most; 0 freezes at once.
+    pub max_rounds: u32,
+    /// Predicted blackout at which to freeze.
+    pub max_blackout: Duration,
+    /// How writes are tracked.
+    pub tracker: Tier,
+}
+
+/// What a migration tells while it runs.
+pub trait Progress {
+    /// Round `round` has begun: so many pages are dirty.
+    fn round(&mut self, round: Round, dirty_pages: u64);
+    /// So much has been sent in this round.
+    fn sent(&mut self, pages: u64);
+    /// A round is over.
+    fn round_over(&mut self, report: &RoundReport, predicted_blackout: Option<Duration>);
+    /// The container is being frozen.
+    fn freezing(&mut self);
+}
+
+/// Why a migration failed at the source. The container runs on here unless the variant says otherwise.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum MigrateError {
+    /// Nothing was touched.
+    #[error("{} obstacle(s) to moving the container", .0.len())]
+    Obstacles(Vec<Obstacle>),
+    #[error("container {0} is {1}, not running")]
+    NotRunning(ContainerId, Status),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    #[error("cannot read the container's files")]
+    Files(#[from] FileError),
+    #[error(transparent)]
+    Links(#[from] LinkError),
+    #[error(transparent)]
+    Send(#[from] SendError),
+    /// The destination refused, or failed.
+    #[error("the destination failed")]
+    Remote(#[source] RemoteError),
+    /// The destination said something that the protocol does not allow now.
+    #[error("the destination answered {0} out of turn")]
+    Protocol(String),
+    /// A state that passes did not pass.
+    #[error("the container cannot be moved at the moment: {}", .0.join("; "))]
+    Transient(Vec<String>),
+    #[error("the destination failed after the commit; the copy here is frozen")]
+    FailedAfterCommit(#[source] RemoteError),
+    /// The commit was sent, and then the destination was lost: it may or may not run the container. The source's copy is
+    /// frozen.
+    #[error(
+        "the destination was lost after the commit: it may or may not run the container; the copy here is frozen"
+    )]
+    Unknown(#[source] transport::Error),
+    /// The container runs at the destination, but its remains here could not be removed.
+    #[error("the container runs at the destination, but its copy here could not be removed")]
+    Remains(#[source] RuntimeError),
+}
+
+/// A migration at the source.
+struct Migration<'a> {
+    options: &'a Options,
+    runtime: &'a dyn Runtime,
+    cancellation: &'a Cancellation,
+    progress: &'a mut dyn Progress,
+    clock: Clock,
+    container: Container,
+    links: Links,
+    channel: SourceChannel,
+    sender: PageSender,
+    round: Round,
+    report: Report,
+}
+
+/// Moves a container. The report is filled in as far as the migration came.
+pub fn migrate(
+    options: &Options,
+    runtime: &dyn Runtime,
+    cancellation: &Cancellation,
+    progress: &mut dyn Progress,
+    report: &mut Report,
+) -> Result<(), MigrateError> {
+    let mut clock = Clock::start(Side::Source);
+    clock.enter("preflight");
+    report.container = options.container.to_string();
+    report.mode = options.mode.clone();
+    report.tracker = options.tracker.to_string();
+    let container = preflight(options, runtime)?;
+    clock.enter("connect");
+    let facts = host::facts()?;
+    let proposal = Proposal {
+        container: options.container.to_string(),
+        apply: options.apply,
+        restore_from: options.restore_from,
+        page_streams: 1,
+        facts: facts.clone(),
+    };
+    let (mut channel, accepted) = SourceChannel::connect(options.to, proposal, cancellation.clone())?;
+    let differing = mismatches(&facts, &accepted.facts);
+    if !differing.is_empty() {
+        channel.send(&SourceMessage::Abort(AbortReason::HostMismatch(differing.clone())))?;
+        return Err(MigrateError::Remote(RemoteError::HostMismatch(differing)));
+    }
+    let sender = PageSender::connect(options.to, accepted.token, 0, None)?;
+    let links = Links::open(container.env().netns.as_fd())?;
+    let mut migration = Migration {
+        options,
+        runtime,
+        cancellation,
+        progress,
+        clock,
+        container,
+        links,
+        channel,
+        sender,
+        round: Round(0),
+        report: std::mem::take(report),
+    };
+    let result = migration.run();
+    migration.finish_report();
+    *report = migration.report;
+    result
+}
+
+/// Finds every obstacle before anything is touched.
+fn preflight(options: &Options, runtime: &dyn Runtime) -> Result<Container, MigrateError> {
+    let state = runtime.state(&options.container)?;
+    let init = match (state.status, state.init) {
+        (Status::Running, Some(init)) => init,
+        (status, _) => return Err(MigrateError::NotRunning(state.id, status)),
+    };
+    let container = Container::open(init)?;
+    let mut obstacles = crate::capture::Obstacles::default();
+    crate::capture::files::capture_files(
+        container.processes(),
+        container.env(),
+        crate::capture::Access::Survey,
+        &mut obstacles,
+    )?;
+    let obstacles = obstacles.into_sorted();
+    match obstacles.is_empty() {
+        true => Ok(container),
+        false => Err(MigrateError::Obstacles(obstacles)),
+    }
+}
+
+impl Migration<'_> {
+    fn run(&mut self) -> Result<(), MigrateError> {
+        self.clock.enter("rounds");
+        let frozen = match self.pre_copy().and_then(|()| self.freeze()) {
+            Ok(frozen) => frozen,
+            Err(error) => return Err(self.abort(error)),
+        };
+        match self.hand_off(frozen) {
+            Ok(running) => self.destroy(*running),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Tells the destination that the migration is off. The container runs again already.
+    fn abort(&mut self, error: MigrateError) -> MigrateError {
+        self.container.detach();
+        let reason = match &error {
+            MigrateError::Transport(transport::Error::Cancelled)
+            | MigrateError::Send(SendError::Transport(transport::Error::Cancelled)) => AbortReason::Cancelled,
+            other => AbortReason::Failed(Failure::from_error(other)),
+        };
+        self.channel.shield();
+        // An error on the page stream is often the destination's failure, whose reason waits on the control stream.
+        let told = self.channel.send(&SourceMessage::Abort(reason));
+        while told.is_ok() {
+            match self.channel.recv(STEP) {
+                Ok(DestinationMessage::Failed(remote)) if !matches!(error, MigrateError::Remote(_)) => {
+                    return MigrateError::Remote(remote);
+                }
+                Ok(DestinationMessage::Removed | DestinationMessage::Failed(_)) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+        error
+    }
+
+    /// The destination's next message, which must be one that `wanted` takes.
+    fn expect<T>(
+        &mut self,
+        limit: Duration,
+        wanted: impl Fn(DestinationMessage) -> Result<T, DestinationMessage>,
+    ) -> Result<T, MigrateError> {
+        loop {
+            match wanted(self.channel.recv(limit)?) {
+                Ok(value) => return Ok(value),
+                Err(DestinationMessage::Reconciled { .. }) => {}
+                Err(DestinationMessage::Failed(error)) => return Err(MigrateError::Remote(error)),
+                Err(other) => return Err(MigrateError::Protocol(format!("{other:?}"))),
+            }
+        }
+    }
+
+    /// The container runs at the destination: removes the copy here.
+    fn destroy(&mut self, running: Handed) -> Result<(), MigrateError> {
+        self.clock.enter("destroy");
+        self.take_report(&running);
+        if let Err(error) = running.sockets.silence() {
+            tracing::warn!("connections of the source's copy cannot be silenced: {error}");
+        }
+        crate::capture::threads::kill_all(running.stopped);
+        self.container.detach();
+        let removed = self.runtime.delete(&self.options.container);
+        self.clock.leave();
+        match removed {
+            Ok(()) => {
+                if let Err(error) = self.channel.send(&SourceMessage::Destroyed) {
+                    tracing::debug!(
+                        "the destination was gone before it heard that the copy here is: {error}"
+                    );
+                }
+                self.report.result = "running".into();
+                Ok(())
+            }
+            Err(error) => Err(MigrateError::Remains(error)),
+        }
+    }
+
+    fn take_report(&mut self, running: &Handed) {
+        let remote = &running.report;
+        let join = ClockJoin::from_exchange(
+            running.commit_sent_us,
+            remote.commit_received_us,
+            remote.sent_us,
+            running.running_received_us,
+        );
+        self.report.clock_uncertainty_us = join.uncertainty_us;
+        self.report.restore_us = remote.restore_us;
+        self.report.destination_cpu_us = remote.cpu_us;
+        self.report.destination_peak_rss_bytes = remote.peak_rss_bytes;
+        self.report.phases = join.to_source(&remote.phases);
+        let resumed =
+            self.report.phases.iter().find(|phase| phase.name == "resume").map(|phase| phase.end_us());
+        let resumed = resumed.unwrap_or(running.running_received_us);
+        self.report.blackout_us = (resumed - running.frozen_us).max(0) as u64;
+    }
+
+    fn finish_report(&mut self) {
+        self.clock.leave();
+        let report = &mut self.report;
+        report.phases.extend_from_slice(self.clock.phases());
+        report.phases.sort_by_key(|phase| phase.start_us);
+        let stats = self.sender.stats();
+        report.bytes_sent = stats.bytes;
+        report.zerocopy.sends = stats.zerocopy_sends;
+        report.zerocopy.copied = stats.zerocopy_copied;
+        report.total_us = self.clock.now_us() as u64;
+        report.attach_stop_us = self.container.attach_stop().as_micros() as u64;
+        report.source_cpu_us = cpu_time(UsageWho::RUSAGE_SELF).as_micros() as u64;
+    }
+}
+
+use freeze::Handed;
