@@ -1,7 +1,7 @@
 //! The `pclive` program on the lab's hosts, used by its command line as its users do.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ pub mod exit {
 #[derive(Debug)]
 pub struct Serve {
     child: Child,
-    address: SocketAddr,
+    addresses: [Ipv4Addr; 2],
 }
 
 impl Serve {
@@ -47,11 +47,12 @@ impl Serve {
     /// # Errors
     /// When it ends or does not listen in time; the message has its log.
     pub fn start(lab: &Lab, host: &Host) -> Result<Self> {
-        let address = SocketAddr::from((host.address(), PORT));
+        let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT));
         let mut command = host.command(lab.programs().path("pclive")?);
-        command.args(["serve", "--insecure", "--listen", &address.to_string(), "--root"]);
+        command.args(["serve", "--insecure", "--listen", &everywhere.to_string(), "--root"]);
         command.arg(host.runtime_root()).arg("--bundles").arg(host.bundles());
-        let mut serve = Self { child: spawn(command, host, "serve")?, address };
+        let addresses = [host.address(), host.interlink_address()];
+        let mut serve = Self { child: spawn(command, host, "serve")?, addresses };
         let end = Instant::now() + LISTEN_TIMEOUT;
         while !host.log("serve").contains("listening on") {
             if let Some(status) = serve.child.try_wait()? {
@@ -65,9 +66,14 @@ impl Serve {
         Ok(serve)
     }
 
-    /// Where it listens.
+    /// Where the other host reaches it by way of the switch.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        SocketAddr::from((self.addresses[0], PORT))
+    }
+
+    /// Where the other host reaches it by the link that joins the hosts.
+    pub fn interlink_address(&self) -> SocketAddr {
+        SocketAddr::from((self.addresses[1], PORT))
     }
 
     /// Kills it.

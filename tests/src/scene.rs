@@ -22,6 +22,16 @@ pub struct Scene {
     serve: Serve,
     container: Container,
     lab: Lab,
+    network: Network,
+}
+
+/// Which way migrations go, and how fast the hosts' links are there; `None` is as fast as the machine can.
+#[derive(Debug, Clone, Copy)]
+pub enum Network {
+    /// By way of the switch, on the links that the clients use as well.
+    Shared(Option<BitRate>),
+    /// By a link of their own between the hosts. The clients' way is not shaped.
+    Separate(Option<BitRate>),
 }
 
 impl Scene {
@@ -29,17 +39,20 @@ impl Scene {
     ///
     /// # Errors
     /// When any of them cannot be started.
-    pub fn set(programs: Programs, load: &LoadSpec, rate: Option<BitRate>) -> Result<Self> {
+    pub fn set(programs: Programs, load: &LoadSpec, network: Network) -> Result<Self> {
         let mut lab = Lab::with_programs(programs, None)?;
         let container = lab.add_container("service", &payload(load))?;
         lab.source().start(&container.name)?;
         let server = SocketAddr::from((container.address, load.service.port()));
         // The data set is written before the links are shaped: that would only take longer.
         let mut load = LoadProcess::fill(&lab, server, load)?;
-        lab.shape(rate)?;
+        match network {
+            Network::Shared(rate) => lab.shape(rate)?,
+            Network::Separate(rate) => lab.shape_interlink(rate)?,
+        }
         let serve = Serve::start(&lab, lab.destination())?;
         load.start()?;
-        Ok(Self { load, serve, container, lab })
+        Ok(Self { load, serve, container, lab, network })
     }
 
     /// Migrates the container with these options and marks start and end in the load's report.
@@ -58,7 +71,11 @@ impl Scene {
     /// # Errors
     /// When `pclive migrate` cannot be started.
     pub fn start_migration(&self, options: &[&str]) -> Result<Migrate> {
-        Migrate::start(&self.lab, self.lab.source(), &self.container.name, self.serve.address(), options)
+        let to = match self.network {
+            Network::Shared(_) => self.serve.address(),
+            Network::Separate(_) => self.serve.interlink_address(),
+        };
+        Migrate::start(&self.lab, self.lab.source(), &self.container.name, to, options)
     }
 
     /// Kills `pclive serve`, as a crash of it would.

@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use pclive_tests::Programs;
-use pclive_tests::lab::BitRate;
 use pclive_tests::load::{Gap, LoadReport, LoadSpec};
 use pclive_tests::pclive::{MigrationReport, exit};
-use pclive_tests::scene::{MIGRATE, MIGRATED, Scene};
+use pclive_tests::scene::{MIGRATE, MIGRATED, Network, Scene};
 use serde::Serialize;
 
 /// How long the load runs before the migration starts and after it has ended.
@@ -18,8 +17,8 @@ const MARGIN: Duration = Duration::from_secs(3);
 pub struct Experiment {
     /// The server's load.
     pub load: LoadSpec,
-    /// The rate of the hosts' links.
-    pub rate: Option<BitRate>,
+    /// The hosts' links.
+    pub network: Network,
     /// Options of `pclive migrate`.
     pub options: Vec<String>,
 }
@@ -39,7 +38,7 @@ impl Experiment {
     /// # Errors
     /// When the container did not move; the message has what pclive printed.
     pub fn carry_out(&self, programs: &Programs) -> Result<Measurement> {
-        let mut scene = Scene::set(programs.clone(), &self.load, self.rate)?;
+        let mut scene = Scene::set(programs.clone(), &self.load, self.network)?;
         sleep(MARGIN);
         let options: Vec<_> = self.options.iter().map(String::as_str).collect();
         let outcome = scene.migrate(&options)?;

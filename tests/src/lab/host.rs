@@ -1,6 +1,7 @@
 //! A host of the lab: a network namespace, a directory of bundles and a runtime's state of its own.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -16,7 +17,7 @@ use super::netns::Netns;
 pub struct Host {
     role: String,
     netns: Netns,
-    address: std::net::Ipv4Addr,
+    addresses: [Ipv4Addr; 2],
     dir: PathBuf,
 }
 
@@ -32,8 +33,8 @@ pub struct ContainerState {
 }
 
 impl Host {
-    pub(super) fn new(role: String, netns: Netns, address: std::net::Ipv4Addr, dir: PathBuf) -> Result<Self> {
-        let host = Self { role, netns, address, dir };
+    pub(super) fn new(role: String, netns: Netns, addresses: [Ipv4Addr; 2], dir: PathBuf) -> Result<Self> {
+        let host = Self { role, netns, addresses, dir };
         for dir in [host.bundles(), host.runtime_root(), host.logs()] {
             fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
@@ -46,8 +47,13 @@ impl Host {
     }
 
     /// Its address in the lab's network.
-    pub fn address(&self) -> std::net::Ipv4Addr {
-        self.address
+    pub fn address(&self) -> Ipv4Addr {
+        self.addresses[0]
+    }
+
+    /// Its address on the link that joins the hosts.
+    pub fn interlink_address(&self) -> Ipv4Addr {
+        self.addresses[1]
     }
 
     /// Its network.

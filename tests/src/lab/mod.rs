@@ -112,10 +112,11 @@ impl Lab {
             let host = netns(role)?;
             let address = net::address(number);
             net::connect_host(&switch, &host, &port(number), address)?;
-            Host::new(role.to_owned(), host, address, dir.join(role))
+            Host::new(role.to_owned(), host, [address, net::interlink_address(number)], dir.join(role))
         };
         let source = host(1, HOSTS[0])?;
         let destination = host(2, HOSTS[1])?;
+        net::connect_hosts(source.netns(), destination.netns())?;
         let lab =
             Self { id, dir, programs, switch, client, source, destination, containers: 0, _owner: owner };
         lab.shape(rate)?;
@@ -147,13 +148,23 @@ impl Lab {
         &self.dir
     }
 
-    /// Shapes the links of both hosts to `rate`, or lets them run as fast as the machine can.
+    /// Shapes the links of both hosts to the switch to `rate`, or lets them run as fast as the machine can.
     ///
     /// # Errors
     /// When `tc` fails.
     pub fn shape(&self, rate: Option<BitRate>) -> Result<()> {
-        net::shape(&self.switch, self.source.netns(), &port(1), rate)?;
-        net::shape(&self.switch, self.destination.netns(), &port(2), rate)
+        net::shape_uplink(&self.switch, self.source.netns(), &port(1), rate)?;
+        net::shape_uplink(&self.switch, self.destination.netns(), &port(2), rate)
+    }
+
+    /// The same for the link that joins the hosts, which clients do not use.
+    ///
+    /// # Errors
+    /// When `tc` fails.
+    pub fn shape_interlink(&self, rate: Option<BitRate>) -> Result<()> {
+        [&self.source, &self.destination]
+            .into_iter()
+            .try_for_each(|host| net::shape(host.netns(), "interlink", rate))
     }
 
     /// Cuts the destination's link, or mends it. Neither host notices: it is the far end that goes down.

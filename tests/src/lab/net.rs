@@ -1,15 +1,17 @@
 //! The lab's wires.
 //!
 //! ```text
-//!   container ─veth─ br0 ─ host ════╗                       ╔════ host ─ br0 ─veth─ container
-//!   10.77.0.101      10.77.0.1       ╠═ port1  switch  port2 ╣      10.77.0.2        10.77.0.101 (down)
-//!                                    ║         port0         ║
-//!                                    ╚══════ 10.77.0.9 ══════╝
-//!                                             client
+//!                                     client
+//!                                       │ 10.77.0.9
+//!   container ─ br0 ─ host ═══uplink═ switch ═uplink═══ host ─ br0 ─ container
+//!   10.77.0.101       10.77.0.1                    10.77.0.2         10.77.0.101 (down)
+//!                       ╚══════════interlink═══════════╝
+//!                       10.78.0.1              10.78.0.2
 //! ```
-//! Everything is one Ethernet: a container keeps its address and its MAC wherever it runs, and a gratuitous ARP from
-//! its new host moves it in every bridge's table. The bridges run no spanning tree, so a port forwards the moment its
-//! link is up. Only the hosts' links (`═`) are shaped, each in both directions.
+//! Everything that containers and clients use is one Ethernet: a container keeps its address and its MAC wherever it
+//! runs, and a gratuitous ARP from its new host moves it in every bridge's table. The bridges run no spanning tree, so
+//! a port forwards the moment its link is up. The interlink is for migrations that shall not share a link with
+//! clients. Only the hosts' links (`═`) can be shaped, each in both directions.
 
 use std::net::Ipv4Addr;
 
@@ -17,16 +19,21 @@ use anyhow::Result;
 
 use super::netns::Netns;
 
-/// The prefix length of the lab's one subnet.
+/// The prefix length of the lab's subnets.
 const PREFIX_LENGTH: u8 = 24;
 /// What a shaped link may send at once. Less than a full GSO packet would make the shaper segment every packet.
 const BURST_BYTES: u32 = 128 * 1024;
 /// What the switch keeps for a link that is busy: 8 ms at 1 Gbit/s, like the shared buffer of a small switch.
 const SWITCH_BUFFER_BYTES: u32 = 1024 * 1024;
 
-/// The lab's addresses.
+/// The addresses behind the switch.
 pub(super) const fn address(last: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, 0, last)
+}
+
+/// The address of host `number` on the link that joins the hosts.
+pub(super) const fn interlink_address(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 78, 0, number)
 }
 
 /// A rate in bits per second.
@@ -85,20 +92,39 @@ fn container_mac(number: u8) -> String {
     format!("02:70:63:6c:00:{number:02x}")
 }
 
-/// Shapes a host's link in both directions, or takes the shapers away.
+/// Joins the hosts by a link of their own.
+pub(super) fn connect_hosts(source: &Netns, destination: &Netns) -> Result<()> {
+    let peer = destination.name();
+    source.ip(&format!("link add interlink type veth peer name interlink netns {peer}"))?;
+    for (host, number) in [(source, 1), (destination, 2)] {
+        let address = interlink_address(number);
+        host.ip(&format!("address add {address}/{PREFIX_LENGTH} dev interlink\nlink set interlink up"))?;
+    }
+    Ok(())
+}
+
+/// Shapes a host's uplink in both directions, or takes the shapers away. The switch knows no priorities.
+pub(super) fn shape_uplink(switch: &Netns, host: &Netns, port: &str, rate: Option<BitRate>) -> Result<()> {
+    shape(host, "uplink", rate)?;
+    match rate {
+        Some(rate) => switch.tc(&format!("qdisc replace dev {port} root handle 1: {}", shaper(rate))),
+        None => switch.tc(&format!("qdisc replace dev {port} root noqueue")),
+    }
+}
+
+/// Shapes what a host sends on a link, or takes the shaper away.
 ///
-/// The host's end queues by priority (`pfifo_fast`, the queue of a network card by default): what is sent with
-/// `SO_PRIORITY` bulk waits for the rest. The switch knows no priorities.
-pub(super) fn shape(switch: &Netns, host: &Netns, port: &str, rate: Option<BitRate>) -> Result<()> {
-    let Some(BitRate(rate)) = rate else {
-        return switch
-            .tc(&format!("qdisc replace dev {port} root noqueue"))
-            .and_then(|()| host.tc("qdisc replace dev uplink root noqueue"));
-    };
-    let shaper = format!("tbf rate {rate}bit burst {BURST_BYTES} limit {SWITCH_BUFFER_BYTES}");
-    switch.tc(&format!("qdisc replace dev {port} root handle 1: {shaper}"))?;
+/// It queues by priority (`pfifo_fast`, the queue of a network card by default): what is sent with `SO_PRIORITY` bulk
+/// waits for the rest.
+pub(super) fn shape(host: &Netns, link: &str, rate: Option<BitRate>) -> Result<()> {
+    let Some(rate) = rate else { return host.tc(&format!("qdisc replace dev {link} root noqueue")) };
     host.tc(&format!(
-        "qdisc replace dev uplink root handle 1: {shaper}\n\
-         qdisc replace dev uplink parent 1:1 handle 2: pfifo_fast"
+        "qdisc replace dev {link} root handle 1: {}\n\
+         qdisc replace dev {link} parent 1:1 handle 2: pfifo_fast",
+        shaper(rate)
     ))
+}
+
+fn shaper(BitRate(rate): BitRate) -> String {
+    format!("tbf rate {rate}bit burst {BURST_BYTES} limit {SWITCH_BUFFER_BYTES}")
 }

@@ -10,6 +10,7 @@ use clap::Args;
 use pclive_tests::Programs;
 use pclive_tests::lab::BitRate;
 use pclive_tests::load::{LoadSpec, Service};
+use pclive_tests::scene::Network;
 use serde::Serialize;
 use statistics::Summary;
 
@@ -71,7 +72,7 @@ impl Case {
             ..LoadSpec::new(Service::Redis, self.data_bytes)
         };
         let options = vec!["--mode".into(), self.mode.into()];
-        Experiment { load, rate: Some(BitRate::GIGABIT), options }
+        Experiment { load, network: Network::Shared(Some(BitRate::GIGABIT)), options }
     }
 }
 

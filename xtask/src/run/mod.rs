@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use pclive_tests::lab::BitRate;
 use pclive_tests::load::{LoadSpec, Service};
+use pclive_tests::scene::Network;
 
 use crate::build::{need_root, release_programs};
 use crate::experiment::{Experiment, Measurement, warm_up_memory};
@@ -34,6 +35,12 @@ pub struct Options {
     /// Rate of the hosts' links in Mbit/s, 0 for as fast as the machine can
     #[arg(long, default_value_t = 1000)]
     rate: u64,
+    /// Give the migration a link of its own between the hosts, which has that rate then instead of the clients' links
+    #[arg(long)]
+    separate: bool,
+    /// Mean size of values in bytes; they are between 0.4 and 1.6 times as large
+    #[arg(long, default_value_t = 2560)]
+    value_bytes: usize,
     /// How to migrate: one-shot, pclive or pclive-g
     #[arg(long, default_value = "pclive-g")]
     mode: String,
@@ -71,13 +78,15 @@ impl Options {
         let load = LoadSpec {
             read_percent: self.read_percent,
             connections: self.connections,
+            value_bytes: self.value_bytes * 2 / 5..=self.value_bytes * 8 / 5,
             hot_bytes: self.hot.map_or(data_bytes, |hot| hot << 20),
             ..LoadSpec::new(service, data_bytes)
         };
         let rate = (self.rate > 0).then_some(BitRate(self.rate * 1_000_000));
         let mut options = vec!["--mode".to_owned(), self.mode.clone()];
         options.extend(self.migrate.iter().cloned());
-        Experiment { load, rate, options }
+        let network = if self.separate { Network::Separate(rate) } else { Network::Shared(rate) };
+        Experiment { load, network, options }
     }
 
     fn rate_name(&self) -> String {
