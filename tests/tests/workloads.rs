@@ -60,8 +60,10 @@ fn tree_is_as_expected() -> Result<()> {
 
 #[test]
 fn whatever_is_spoilt_in_the_tree_is_noticed_by_its_probe() -> Result<()> {
-    let probes =
-        ["signals", "timers", "files", "queues", "epoll", "threads", "children", "identity", "mutexes"];
+    let probes = [
+        "signals", "timers", "files", "queues", "epoll", "tcp", "mappings", "threads", "children",
+        "identity", "mutexes",
+    ];
     for probe in probes {
         let list = differences(&["tree", "--mutate", probe])?;
         assert!(

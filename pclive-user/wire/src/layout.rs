@@ -122,8 +122,8 @@ mod tests {
     fn a_grown_heap_keeps_its_pages() {
         let from = [vma(1, 4, 3, Backing::Anonymous)];
         let to = [vma(1, 9, 3, Backing::Anonymous)];
-        assert_eq!(mapped_anew(&from, &to), [PageRange::new(VirtAddr(5 << 12), 4)]);
-        assert_eq!(steps(&to, &from), [Step::Unmap(PageRange::new(VirtAddr(5 << 12), 4))]);
+        assert_eq!(mapped_anew(&from, &to), [PageRange::new(VirtAddr(5 << 12), 5)]);
+        assert_eq!(steps(&to, &from), [Step::Unmap(PageRange::new(VirtAddr(5 << 12), 5))]);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use super::control::{Answer, Client};
 use crate::Programs;
-use crate::lab::{Container, Lab, Payload};
+use crate::lab::{Container, Host, Lab, Payload};
+use crate::pclive::{Migrate, MigrationReport, Outcome, Serve, exit};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -88,6 +89,27 @@ impl Contained {
         };
         let Answer::Ok(instance) = client.ask("instance", PATIENCE)? else { bail!("{name} has no instance") };
         Ok(Contained { container, client, instance, checks: 0 })
+    }
+
+    /// Moves it from `host` to where `serve` listens. It must run there afterwards.
+    ///
+    /// # Errors
+    /// When it does not: with what both sides said.
+    pub fn migrate(
+        &self,
+        lab: &Lab,
+        host: &Host,
+        serve: &Serve,
+        options: &[&str],
+    ) -> Result<MigrationReport> {
+        let outcome = Migrate::start(lab, host, &self.container.name, serve.address(), options)?.wait()?;
+        match outcome {
+            Outcome { code: Some(exit::MOVED), report: Some(report), .. } => Ok(report),
+            Outcome { code, output, .. } => {
+                let logs = [lab.source(), lab.destination()].map(|host| host.log("serve"));
+                bail!("exit code {code:?}\nmigrate: {output}\nserve: {}", logs.join("\nserve: "))
+            }
+        }
     }
 
     /// Lets it check itself, over the old connection and a new one, and returns its counters. It must be the program

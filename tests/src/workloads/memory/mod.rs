@@ -9,6 +9,7 @@
 //! answer to each later question.
 
 pub mod child;
+pub mod mappings;
 pub mod operations;
 pub mod process;
 pub mod region;
@@ -17,7 +18,7 @@ pub mod worker;
 
 use super::control::{self, Answer};
 use super::pattern::{Rng, instance};
-use region::{FilePages, mappings};
+use region::FilePages;
 use span::{Frame, PAGE, WORDS};
 use std::fs::File;
 use std::net::SocketAddr;
@@ -250,7 +251,7 @@ impl World {
                 }
             }
         }
-        match std::fs::read_to_string("/proc/self/maps").map(|text| mappings(&text)) {
+        match std::fs::read_to_string("/proc/self/maps").map(|text| mappings::parse(&text)) {
             Ok(mappings) => {
                 differences.extend(workers.iter().filter_map(|w| w.verify_protection(&mappings).err()))
             }

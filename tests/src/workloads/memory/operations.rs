@@ -311,7 +311,8 @@ fn tolerate<T>(call: &'static str, result: std::io::Result<T>) -> Result<Option<
 #[cfg(test)]
 mod tests {
     use super::super::Options;
-    use super::super::region::{FilePages, mappings};
+    use super::super::mappings;
+    use super::super::region::FilePages;
     use super::*;
     use clap::Parser;
 
@@ -339,7 +340,7 @@ mod tests {
                 (0..500).for_each(|_| worker.step().unwrap());
                 worker.verify_all().unwrap_or_else(|failure| panic!("round {round}: {failure}"));
                 worker
-                    .verify_protection(&mappings(&std::fs::read_to_string("/proc/self/maps").unwrap()))
+                    .verify_protection(&mappings::parse(&std::fs::read_to_string("/proc/self/maps").unwrap()))
                     .unwrap();
             }
             assert!(worker.pages() > worker.budget / 3, "{} of {}", worker.pages(), worker.budget);

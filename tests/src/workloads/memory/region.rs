@@ -4,6 +4,7 @@
 //! Numbers stay with the page when `mremap(2)` moves it, so a page that turns up in the wrong place is noticed as well
 //! as one that holds an older version of itself.
 
+use super::mappings::Mapping;
 use super::span::{PAGE, Page, Span, WORDS};
 use crate::workloads::pattern::mix;
 use nix::libc;
@@ -371,7 +372,7 @@ impl Region {
         }
     }
 
-    /// Compares what the kernel says about the mappings, from [`mappings`], with what it must be.
+    /// Compares what the kernel says about the mappings, from [`parse`](super::mappings::parse), with what it must be.
     ///
     /// # Errors
     /// The first page whose protection is not what it must be.
@@ -406,27 +407,6 @@ fn pattern(page: u64, version: u32, sector: usize, index: usize) -> u64 {
     key.wrapping_add(STEP.wrapping_mul(index as u64 + 1))
 }
 
-/// A line of `/proc/self/maps`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    range: Range<usize>,
-    prot: i32,
-}
-
-/// Parses `/proc/PID/maps`; lines that look otherwise are left out.
-pub fn mappings(maps: &str) -> Vec<Mapping> {
-    let parse = |line: &str| {
-        let (range, rest) = line.split_once(' ')?;
-        let (start, end) = range.split_once('-')?;
-        let [start, end] = [start, end].map(|number| usize::from_str_radix(number, 16).ok());
-        let bits = [(b'r', libc::PROT_READ), (b'w', libc::PROT_WRITE), (b'x', libc::PROT_EXEC)];
-        let prot =
-            rest.bytes().zip(bits).filter(|(found, (letter, _))| found == letter).map(|(_, (_, bit))| bit);
-        Some(Mapping { range: start?..end?, prot: prot.fold(0, |all, bit| all | bit) })
-    };
-    maps.lines().filter_map(parse).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -446,9 +426,10 @@ mod tests {
         region.protect(5..6, Access::Read).unwrap();
         region.verify(0..8).unwrap();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        region.verify_protection(&mappings(&maps)).unwrap();
+        region.verify_protection(&super::super::mappings::parse(&maps)).unwrap();
         region.access[5] = Access::Write;
-        let difference = region.verify_protection(&mappings(&maps)).unwrap_err().to_string();
+        let difference =
+            region.verify_protection(&super::super::mappings::parse(&maps)).unwrap_err().to_string();
         assert!(difference.ends_with("expected protection 3, found protection 1"), "{difference}");
         region.access[5] = Access::Read;
         let (mut head, mut tail) = region.split(3);
@@ -493,15 +474,5 @@ mod tests {
         region.verify(0..4).unwrap();
         region.span.page_mut(2)[0] ^= 1;
         assert!(region.verify(0..4).is_err());
-    }
-
-    #[test]
-    fn maps_lines_are_parsed() {
-        let text = "00400000-00402000 r-xp 00000000 08:01 12 /bin/x\n7f00-8000 rw-p 00000000 00:00 0 [heap]\nnonsense\n";
-        let expected = vec![
-            Mapping { range: 0x40_0000..0x40_2000, prot: 5 },
-            Mapping { range: 0x7f00..0x8000, prot: 3 },
-        ];
-        assert_eq!(mappings(text), expected);
     }
 }

@@ -29,13 +29,29 @@ pub struct Span {
 }
 
 impl Span {
+    /// `mmap(2)`, at an address of the kernel's choice, of anonymous memory or of a file from some page on.
+    ///
+    /// # Errors
+    /// Those of `mmap(2)`.
+    pub fn map(pages: usize, prot: i32, flags: i32, file: Option<(&File, usize)>) -> io::Result<Self> {
+        let (fd, offset) = file.map_or((-1, 0), |(file, first)| (file.as_raw_fd(), (first * PAGE) as i64));
+        // Wherever the kernel would, and never over something else.
+        let flags = flags & !(libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE);
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, prot, flags, fd, offset) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Span { address: address as usize, pages })
+    }
+
     /// New anonymous memory, readable and writable.
     ///
     /// # Errors
     /// Those of `mmap(2)`.
     pub fn anonymous(pages: usize, shared: bool) -> io::Result<Self> {
         let share = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        map(pages, libc::PROT_READ | libc::PROT_WRITE, share | libc::MAP_ANONYMOUS, None)
+        Self::map(pages, libc::PROT_READ | libc::PROT_WRITE, share | libc::MAP_ANONYMOUS, None)
     }
 
     /// New anonymous memory that starts where a huge page may start, advised to use huge pages.
@@ -59,7 +75,7 @@ impl Span {
     /// # Errors
     /// Those of `mmap(2)`.
     pub fn file(file: &File, first: usize, pages: usize) -> io::Result<Self> {
-        map(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, Some((file, first)))
+        Self::map(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, Some((file, first)))
     }
 
     /// Grows the heap by `brk(2)` and takes the new pages.
@@ -139,7 +155,7 @@ impl Span {
     /// # Errors
     /// Those of `mmap(2)` and `mremap(2)`; then nothing has changed.
     pub fn relocate(&mut self) -> io::Result<()> {
-        let target = map(self.pages, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
+        let target = Self::map(self.pages, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
         match self.remap(self.pages, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target.address) {
             Ok(()) => Ok(()), // `target` was replaced
             Err(error) => target.unmap().and(Err(error)),
@@ -178,6 +194,15 @@ impl Span {
         check(unsafe { libc::madvise(address as *mut _, bytes, advice) })
     }
 
+    /// `mlock(2)`.
+    ///
+    /// # Errors
+    /// Those of `mlock(2)`.
+    pub fn lock(&self) -> io::Result<()> {
+        // SAFETY: the span owns the pages; locking changes no contents.
+        check(unsafe { libc::mlock(self.address as *const _, self.pages * PAGE) })
+    }
+
     /// The contents of a page, which must be readable.
     pub fn page(&self, page: usize) -> &Page {
         let (address, _) = self.bytes(&(page..page + 1));
@@ -206,16 +231,6 @@ impl Span {
         assert!(pages.start <= pages.end && pages.end <= self.pages, "{pages:?} of {}", self.pages);
         (self.address + pages.start * PAGE, pages.len() * PAGE)
     }
-}
-
-fn map(pages: usize, prot: i32, flags: i32, file: Option<(&File, usize)>) -> io::Result<Span> {
-    let (fd, offset) = file.map_or((-1, 0), |(file, first)| (file.as_raw_fd(), (first * PAGE) as i64));
-    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-    let address = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, prot, flags, fd, offset) };
-    if address == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(Span { address: address as usize, pages })
 }
 
 fn check(result: i32) -> io::Result<()> {

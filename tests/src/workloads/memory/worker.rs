@@ -2,8 +2,9 @@
 
 use super::Options;
 use super::child::Child;
+use super::mappings::Mapping;
 use super::operations;
-use super::region::{Access, Content, Difference, FilePages, Mapping, Region, SECTORS};
+use super::region::{Access, Content, Difference, FilePages, Region, SECTORS};
 use super::span::Frame;
 use crate::workloads::pattern::Rng;
 use std::ops::Range;

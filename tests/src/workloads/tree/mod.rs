@@ -15,12 +15,14 @@ pub mod children;
 pub mod epoll;
 pub mod files;
 pub mod identity;
+pub mod mappings;
 pub mod mutexes;
 pub mod probe;
 pub mod queues;
 pub mod registers;
 pub mod roles;
 pub mod signals;
+pub mod tcp;
 pub mod threads;
 pub mod timers;
 
@@ -30,6 +32,7 @@ use children::{Children, Descriptors};
 use epoll::EpollSet;
 use files::Files;
 use identity::IdentityProbe;
+use mappings::Mappings;
 use mutexes::Robust;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
@@ -46,6 +49,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use tcp::Tcp;
 use threads::Threads;
 use timers::Timers;
 
@@ -130,6 +134,8 @@ pub fn main(descriptors: Descriptors, options: Options) -> anyhow::Result<()> {
         Box::new(Files::new(&options.directory)?),
         Box::new(Queues::new()?),
         Box::new(EpollSet::new()?),
+        Box::new(Tcp::new()?),
+        Box::new(Mappings::new()?),
         Box::new(threads),
         Box::new(children),
     ];

@@ -14,14 +14,14 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 /// Larger than the default, so that it must be set again.
 const CAPACITY: i32 = 128 << 10;
 /// More than fits into one page, and no multiple of it.
-const UNREAD: usize = 9_999;
+pub(super) const UNREAD: usize = 9_999;
 /// How far each check moves on.
-const STEP: usize = 500;
+pub(super) const STEP: usize = 500;
 const DATAGRAMS: [usize; 3] = [1, 700, 0];
 
 /// A stream of known bytes of which a part is under way.
 #[derive(Debug)]
-struct Flow {
+pub(super) struct Flow {
     seed: u64,
     read: usize,
     written: usize,
@@ -32,18 +32,20 @@ impl Flow {
         pattern::bytes(self.seed, end).split_off(start)
     }
 
-    fn unread(&self) -> Vec<u8> {
+    /// What must be there to be read.
+    pub fn unread(&self) -> Vec<u8> {
         self.between(self.read, self.written)
     }
 
-    fn start(seed: u64, writer: &mut impl Write) -> io::Result<Self> {
+    /// Writes the first bytes.
+    pub fn start(seed: u64, writer: &mut impl Write) -> io::Result<Self> {
         let flow = Flow { seed, read: 0, written: UNREAD };
         writer.write_all(&flow.unread())?;
         Ok(flow)
     }
 
     /// Reads some at the front, writes as many at the end.
-    fn advance(
+    pub fn advance(
         &mut self,
         reader: &mut impl Read,
         writer: &mut impl Write,
