@@ -1,18 +1,17 @@
 //! `pclive migrate`: moves a container.
 
 use super::progress::reporter;
-use super::{RuntimeArgs, exit, require_insecure};
+use super::{RuntimeArgs, TrackerArg, exit, require_insecure, write_report};
 use crate::engine::report::Report;
 use crate::engine::source::{MigrateError, Options, migrate};
 use crate::runtime::{self, ContainerId};
-use crate::track::Tier;
 use crate::transport::Cancellation;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::ValueEnum;
 use pclive_wire::Round;
 use pclive_wire::control::ApplyMode;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -60,14 +59,6 @@ enum ModeArg {
     PcliveG,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum TrackerArg {
-    Auto,
-    Fentry,
-    Tracepoint,
-    Scan,
-}
-
 /// Moves the container and reports.
 pub fn run(args: MigrateArgs) -> Result<ExitCode> {
     require_insecure(args.to, args.insecure)?;
@@ -90,15 +81,6 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         ModeArg::Pclive => ("pclive", ApplyMode::AtRoundEnd, args.max_rounds),
         ModeArg::PcliveG => ("pclive-g", ApplyMode::OnArrival, args.max_rounds),
     };
-    let tracker = match args.tracker {
-        TrackerArg::Auto => Tier::best(),
-        TrackerArg::Fentry => Tier::Fentry,
-        TrackerArg::Tracepoint => Tier::Tracepoint,
-        TrackerArg::Scan => Tier::Scan,
-    };
-    tracker
-        .probe()
-        .with_context(|| format!("tracker {tracker} is not available on this host (see `pclive check`)"))?;
     Ok(Options {
         container: ContainerId::new(&args.container)?,
         to: args.to,
@@ -107,7 +89,7 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         restore_from: Round(args.restore_from),
         max_rounds,
         max_blackout: Duration::from_millis(args.max_blackout),
-        tracker,
+        tracker: args.tracker.tier()?,
     })
 }
 
@@ -151,13 +133,4 @@ fn conclude(result: &Result<(), MigrateError>, report: &mut Report) -> ExitCode 
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
-fn write_report(path: &Path, report: &Report) -> Result<()> {
-    let text = serde_json::to_string_pretty(report)? + "\n";
-    if path == Path::new("-") {
-        print!("{text}");
-        return Ok(());
-    }
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -4,10 +4,13 @@ pub mod check;
 mod migrate;
 mod progress;
 mod serve;
+pub mod track;
 
-use clap::{Parser, Subcommand};
+use crate::track::Tier;
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -34,6 +37,7 @@ enum Command {
     Serve(serve::ServeArgs),
     Migrate(migrate::MigrateArgs),
     Check(check::CheckArgs),
+    Track(track::TrackArgs),
 }
 
 /// How to reach the OCI runtime.
@@ -47,6 +51,30 @@ struct RuntimeArgs {
     root: Option<PathBuf>,
 }
 
+/// Which tier of the tracker is asked for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TrackerArg {
+    Auto,
+    Fentry,
+    Tracepoint,
+    Scan,
+}
+
+impl TrackerArg {
+    /// The tier; one that is asked for by name must be there.
+    fn tier(self) -> Result<Tier> {
+        let tier = match self {
+            Self::Auto => return Ok(Tier::best()),
+            Self::Fentry => Tier::Fentry,
+            Self::Tracepoint => Tier::Tracepoint,
+            Self::Scan => Tier::Scan,
+        };
+        tier.probe()
+            .with_context(|| format!("tracker {tier} is not available on this host (see `pclive check`)"))?;
+        Ok(tier)
+    }
+}
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -56,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Migrate(args) => migrate::run(args),
         Command::Check(args) => check::run(args),
+        Command::Track(args) => track::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("pclive: {error:#}");
@@ -64,11 +93,21 @@ pub fn main() -> ExitCode {
 }
 
 /// Until transport security exists, only loopback may be used without saying so.
-fn require_insecure(address: SocketAddr, insecure: bool) -> anyhow::Result<()> {
+fn require_insecure(address: SocketAddr, insecure: bool) -> Result<()> {
     anyhow::ensure!(
         insecure || address.ip().is_loopback(),
         "the connection would be neither encrypted nor authenticated: use a loopback address, or --insecure on a \
          network that you trust"
     );
     Ok(())
+}
+
+/// Writes a report as JSON to a file, or to standard output if that is called `-`.
+fn write_report(path: &Path, report: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    if path == Path::new("-") {
+        print!("{text}");
+        return Ok(());
+    }
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

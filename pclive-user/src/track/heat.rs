@@ -3,9 +3,12 @@
 //! A write-protected page raises one event until it is protected again, so a page's count is the number of rounds (or
 //! intervals) in which it was written, and the time is that of the first write in the round.
 
-use super::observer::{Change, ChangeKind, Drained};
+use super::{
+    observer::{Change, ChangeKind, Drained},
+    pageset::PageSet,
+};
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
-use std::{collections::HashMap, time::Duration};
+use std::{cmp::Reverse, collections::HashMap, time::Duration};
 
 /// How often and when one page was written. Times are on `CLOCK_MONOTONIC`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +100,16 @@ impl ProcessHeat {
         self.pages.values().filter(|heat| heat.last >= since).count() as u64
     }
 
-    /// The `count` ranges with most writes per page, hottest first.
+    /// The `count` hottest ranges, hottest first: see [`Heat::hottest`].
     pub fn hottest(&self, count: usize) -> Vec<HotRange> {
+        let mut ranges = self.hot_ranges();
+        sort_hottest_first(&mut ranges, |range| *range);
+        ranges.truncate(count);
+        ranges
+    }
+
+    /// Every written page in some range, in order of address.
+    fn hot_ranges(&self) -> Vec<HotRange> {
         let mut ranges: Vec<HotRange> = Vec::new();
         for block in self.blocks() {
             match ranges.last_mut() {
@@ -106,8 +117,6 @@ impl ProcessHeat {
                 _ => ranges.push(block),
             }
         }
-        ranges.sort_by(|a, b| b.density().total_cmp(&a.density()).then(b.writes.cmp(&a.writes)));
-        ranges.truncate(count);
         ranges
     }
 
@@ -158,6 +167,16 @@ impl Heat {
         changes.for_each(|change| self.apply(change));
     }
 
+    /// Counts a write to each page of `pages`, where scans are all there is: `time` is when they were found.
+    pub fn record(&mut self, pid: HostPid, pages: &PageSet, time: Duration) {
+        let process = self.processes.entry(pid).or_default();
+        for range in pages.ranges() {
+            for index in 0..range.pages {
+                process.record(range.start.offset(index * PAGE_SIZE), time);
+            }
+        }
+    }
+
     fn apply(&mut self, change: &Change) {
         match change.what {
             ChangeKind::Mapped(range)
@@ -190,16 +209,28 @@ impl Heat {
         self.processes.values().map(|process| process.working_set(since)).sum()
     }
 
-    /// The `count` hottest ranges of the container, hottest first.
+    /// The `count` hottest ranges of the container. Those that are more than twice as hot (in writes per page) as others
+    /// come first; among equals, those with more writes.
     pub fn hottest(&self, count: usize) -> Vec<(HostPid, HotRange)> {
-        let mut ranges: Vec<_> = self
-            .processes()
-            .flat_map(|(pid, heat)| heat.hottest(count).into_iter().map(move |r| (pid, r)))
-            .collect();
-        ranges.sort_by(|(_, a), (_, b)| b.density().total_cmp(&a.density()).then(b.writes.cmp(&a.writes)));
+        let of = |(pid, heat): (HostPid, &ProcessHeat)| {
+            heat.hot_ranges().into_iter().map(move |range| (pid, range))
+        };
+        let mut ranges: Vec<_> = self.processes().flat_map(of).collect();
+        sort_hottest_first(&mut ranges, |(_, range)| *range);
         ranges.truncate(count);
         ranges
     }
+}
+
+/// Without classes of heat, single pages that were written in every round would hide the large ranges written in almost
+/// every round.
+fn sort_hottest_first<T>(ranges: &mut [T], of: impl Fn(&T) -> HotRange) {
+    let hottest = ranges.iter().map(|range| of(range).density()).fold(0.0, f64::max);
+    let class = |range: &HotRange| (hottest / range.density()).log2() as u32;
+    ranges.sort_by_key(|range| {
+        let range = of(range);
+        (class(&range), Reverse(range.writes))
+    });
 }
 
 #[cfg(test)]
@@ -271,6 +302,24 @@ mod tests {
     }
 
     #[test]
+    fn a_large_range_comes_before_a_page_that_is_hardly_hotter() {
+        let mut writes: Vec<_> = (0..32).flat_map(|number| (0..9).map(move |_| write(number, 2))).collect();
+        writes.extend((0..10).map(|_| write(1000, 3)));
+        let ranges: Vec<_> = heat_of(&writes, &[]).hottest(2).into_iter().map(|(_, hot)| hot.range).collect();
+        assert_eq!(ranges, [range(0, 32), range(1000, 1)]);
+    }
+
+    #[test]
+    fn pages_found_by_scans_count_once_for_each_scan() {
+        let mut heat = Heat::default();
+        heat.record(PID, &[range(1, 2)].into_iter().collect(), at(10));
+        heat.record(PID, &[range(2, 1)].into_iter().collect(), at(20));
+        let process = heat.process(PID).unwrap();
+        assert_eq!([1, 2].map(|number| process.page(page(number)).unwrap().writes), [1, 2]);
+        assert_eq!(heat.working_set(at(15)), 1);
+    }
+
+    #[test]
     fn a_process_that_execs_or_exits_is_forgotten() {
         for what in [ChangeKind::Execed, ChangeKind::Exited] {
             assert!(heat_of(&[write(1, 1)], &[change(what, 2)]).process(PID).is_none());
@@ -292,5 +341,6 @@ mod tests {
         ];
         assert_eq!(hottest, expected.map(|range| (PID, range)));
         assert_eq!(heat_of(&writes, &[]).hottest(1), [(PID, expected[0])]);
+        assert_eq!(heat_of(&writes, &[]).process(PID).unwrap().hottest(3), expected);
     }
 }

@@ -8,7 +8,7 @@ mod freeze;
 mod pages;
 mod rounds;
 
-pub use container::ContainerError;
+pub use container::{Container, ContainerError};
 pub use pages::SendError;
 
 use super::clock::Clock;
@@ -20,7 +20,6 @@ use crate::host::{self, HostError};
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
 use crate::track::Tier;
 use crate::transport::{self, Cancellation, PageSender, SourceChannel};
-use container::Container;
 use nix::sys::resource::UsageWho;
 use pclive_wire::Round;
 use pclive_wire::control::{
