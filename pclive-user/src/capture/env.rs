@@ -1,11 +1,13 @@
 //! What the container's processes have in common: its root, its network namespace and its mounts.
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::sys::stat::{FileStat, Mode, fstatat};
 use pclive_wire::HostPid;
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 
 /// The surroundings of the container's PID 1, as this host sees them.
 #[derive(Debug)]
@@ -16,8 +18,17 @@ pub struct ContainerEnv {
     pub root: OwnedFd,
     /// The container's network namespace.
     pub netns: OwnedFd,
-    /// Ids of the mounts that the container can see; a file on any other mount came from outside.
-    pub mounts: HashSet<u64>,
+    /// The mounts that the container can see, by id; a file on any other mount came from outside.
+    mounts: HashMap<u64, Mount>,
+}
+
+/// A mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mount {
+    /// Where, in the container.
+    point: String,
+    /// File system type.
+    fs_type: String,
 }
 
 /// The surroundings could not be read.
@@ -63,14 +74,48 @@ impl ContainerEnv {
             init,
             root: open_path("root", OFlag::O_PATH | OFlag::O_DIRECTORY)?,
             netns: open_path("ns/net", OFlag::O_RDONLY)?,
-            mounts: parse_mount_ids(&mountinfo),
+            mounts: parse_mounts(&mountinfo),
         })
+    }
+
+    /// Whether the container sees the mount with this id.
+    pub fn has_mount(&self, id: u64) -> bool {
+        self.mounts.contains_key(&id)
+    }
+
+    /// Where file systems of this type are mounted.
+    pub fn mounts_of_type(&self, fs_type: &str) -> impl Iterator<Item = &str> {
+        self.mounts.values().filter(move |mount| mount.fs_type == fs_type).map(|mount| mount.point.as_str())
+    }
+
+    /// Whether a path, as procfs gives it (absolute, without symbolic links), leads to the inode of `stat` in the
+    /// container.
+    ///
+    /// # Errors
+    /// The path cannot be looked up for another reason than not existing.
+    pub fn leads_to(&self, path: &[u8], stat: &FileStat) -> nix::Result<bool> {
+        let relative = match path.strip_prefix(b"/") {
+            Some([]) | None => OsStr::new("."),
+            Some(relative) => OsStr::from_bytes(relative),
+        };
+        match fstatat(&self.root, relative, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(there) => Ok((there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino)),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ENAMETOOLONG) => Ok(false),
+            Err(errno) => Err(errno),
+        }
     }
 }
 
-/// The mount ids (first field) of a `mountinfo` file (proc_pid_mountinfo(5)).
-fn parse_mount_ids(mountinfo: &str) -> HashSet<u64> {
-    mountinfo.lines().filter_map(|line| line.split(' ').next()?.parse().ok()).collect()
+/// The mounts of a `mountinfo` file (proc_pid_mountinfo(5)), by id.
+fn parse_mounts(mountinfo: &str) -> HashMap<u64, Mount> {
+    let parse = |line: &str| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut fields = before.split(' ');
+        let id = fields.next()?.parse().ok()?;
+        let mount = Mount { point: fields.nth(3)?.into(), fs_type: after.split(' ').next()?.into() };
+        Some((id, mount))
+    };
+    mountinfo.lines().filter_map(parse).collect()
 }
 
 #[cfg(test)]
@@ -78,10 +123,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_ids_are_the_first_fields() {
+    fn mounts_have_id_point_and_type() {
         let text = "712 650 0:58 / / rw,relatime - overlay overlay rw,lowerdir=/a\\040b\n\
-                    713 712 0:61 / /proc rw,nosuid shared:3 - proc proc rw\n";
-        assert_eq!(parse_mount_ids(text), HashSet::from([712, 713]));
+                    713 712 0:61 / /dev/mqueue rw,nosuid shared:3 - mqueue mqueue rw\n";
+        let mount = |point: &str, fs_type: &str| Mount { point: point.into(), fs_type: fs_type.into() };
+        let mounts = [(712, mount("/", "overlay")), (713, mount("/dev/mqueue", "mqueue"))];
+        assert_eq!(parse_mounts(text), HashMap::from(mounts));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod env;
 pub mod files;
+pub mod preflight;
 pub mod process;
 pub mod sockets;
 pub mod threads;

@@ -77,6 +77,27 @@ pub fn is_epoll_target(file: (HostPid, RawFd), epoll: HostPid, slot: &EpollSlot)
     decode(order).map(Ordering::is_eq)
 }
 
+/// Binary search with a comparison that can fail, in a slice that it sorts: where the wanted element is, or where it
+/// belongs. `compare` orders an element against the wanted one.
+///
+/// # Errors
+/// The first that `compare` returns.
+pub fn search<T, E>(
+    sorted: &[T],
+    mut compare: impl FnMut(&T) -> Result<Ordering, E>,
+) -> Result<Result<usize, usize>, E> {
+    let (mut low, mut high) = (0, sorted.len());
+    while low < high {
+        let middle = low.midpoint(high);
+        match compare(&sorted[middle])? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
+}
+
 /// Reads the return value: 0 equal, 1 less, 2 greater, 3 different without order (which the kernel never gives for
 /// pointers).
 fn decode(returned: libc::c_long) -> nix::Result<Ordering> {
@@ -110,6 +131,16 @@ mod tests {
         assert_ne!(order(&file, &other), Ordering::Equal);
         assert_eq!(order(&file, &other), order(&other, &file).reverse());
         assert_eq!(compare_files((me(), 1 << 20), (me(), 0)).unwrap_err(), Errno::EBADF);
+    }
+
+    #[test]
+    fn a_search_finds_the_element_or_its_place_or_fails() {
+        let sorted = [1, 3, 5, 7];
+        let find = |wanted: i32| search(&sorted, |element| Ok::<_, ()>(element.cmp(&wanted)));
+        assert_eq!(find(5), Ok(Ok(2)));
+        assert_eq!([find(0), find(4), find(8)], [Ok(Err(0)), Ok(Err(2)), Ok(Err(4))]);
+        assert_eq!(search(&sorted, |_| Err("gone")), Err("gone"));
+        assert_eq!(search(&[] as &[i32], |_| Err("never asked")), Ok(Err(0)));
     }
 
     #[test]

@@ -5,12 +5,12 @@
 //! of which there may be thousands, need no call at all.
 
 use super::error::FileError;
+use super::socket;
 use super::table::{OpenFd, Slot};
 use crate::capture::{Access, SourceProcess};
 use nix::errno::Errno;
-use pclive_sys::kcmp::compare_files;
+use pclive_sys::kcmp;
 use pclive_sys::pidfd::pidfd_getfd;
-use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 
@@ -87,24 +87,16 @@ pub(super) fn group(tables: Vec<OpenFd>, access: Access) -> Result<Vec<Found>, F
     Ok(found)
 }
 
-/// Binary search for the description of `open`: the place where it is, or where it belongs.
+/// Looks for the description of `open`: the place where it is, or where it belongs.
 fn search(group: &[usize], found: &[Found], open: &OpenFd) -> Result<Result<usize, usize>, FileError> {
-    if open.link.starts_with(b"socket:") {
+    if socket::inode(&open.link).is_some() {
         return Ok(if group.is_empty() { Err(0) } else { Ok(0) });
     }
-    let (mut low, mut high) = (0, group.len());
-    while low < high {
-        let middle = (low + high) / 2;
-        let other = found[group[middle]].slot();
-        let order = compare_files((other.pid, other.fd), (open.slot.pid, open.slot.fd))
-            .map_err(FileError::call("kcmp", &open.slot))?;
-        match order {
-            Ordering::Equal => return Ok(Ok(middle)),
-            Ordering::Less => low = middle + 1,
-            Ordering::Greater => high = middle,
-        }
-    }
-    Ok(Err(low))
+    kcmp::search(group, |&place| {
+        let other = found[place].slot();
+        kcmp::compare_files((other.pid, other.fd), (open.slot.pid, open.slot.fd))
+            .map_err(FileError::call("kcmp", &open.slot))
+    })
 }
 
 /// Finds a description (by its place in the slice) from process index and descriptor number.

@@ -8,13 +8,9 @@ use super::identity::Found;
 use super::unlinked::Unlinked;
 use super::{stdio, unsupported};
 use crate::capture::env::ContainerEnv;
-use nix::errno::Errno;
-use nix::fcntl::AtFlags;
-use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
+use nix::sys::stat::{FileStat, SFlag, fstat};
 use pclive_wire::manifest::DescriptionKind;
-use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 
 /// What the kernel appends to the path of a file that lost the name it was opened by (`d_path`).
 pub(super) const DELETED: &[u8] = b" (deleted)";
@@ -30,7 +26,7 @@ pub(super) fn capture(
 ) -> Result<DescriptionKind, Refusal> {
     let stat = fstat(duplicate).map_err(FileError::call("fstat", &found.slot()))?;
     let path = found.open.link.as_slice();
-    if !env.mounts.contains(&found.open.info.mount) {
+    if !env.has_mount(found.open.info.mount) {
         return outside(found, &stat);
     }
     let type_ = file_type(&stat);
@@ -42,7 +38,7 @@ pub(super) fn capture(
         SFlag::S_IFCHR if is_stateless(stat.st_rdev) => {}
         _ => return Err(unsupported::by_type(type_, stat.st_rdev)),
     }
-    if !leads_to(env, path, &stat).map_err(FileError::call("fstatat", &found.slot()))? {
+    if !env.leads_to(path, &stat).map_err(FileError::call("fstatat", &found.slot()))? {
         return Err(Refusal::unsupported(
             format!("{} is open but no longer found by that name", String::from_utf8_lossy(path)),
             "close it, or restore its name, before the migration",
@@ -78,17 +74,4 @@ pub(super) fn file_type(stat: &FileStat) -> SFlag {
 /// Whether a device number is that of a character device without state.
 pub(crate) fn is_stateless(rdev: u64) -> bool {
     STATELESS.contains(&(nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev)))
-}
-
-/// Whether a path (as procfs gives it: absolute, without symbolic links) leads to the inode of `stat` in the container.
-pub(super) fn leads_to(env: &ContainerEnv, path: &[u8], stat: &FileStat) -> nix::Result<bool> {
-    let relative = match path.strip_prefix(b"/") {
-        Some([]) | None => OsStr::new("."),
-        Some(relative) => OsStr::from_bytes(relative),
-    };
-    match fstatat(&env.root, relative, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(there) => Ok((there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino)),
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ENAMETOOLONG) => Ok(false),
-        Err(errno) => Err(errno),
-    }
 }

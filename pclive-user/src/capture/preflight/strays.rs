@@ -1,0 +1,73 @@
+//! Processes in the container's pid namespace that its cgroup does not list: zombies, and those that were put into
+//! another cgroup. Neither the freezer nor the tracker would reach them.
+
+use super::{PreflightError, field, is_gone, read};
+use crate::capture::{Obstacles, SourceProcess};
+use pclive_wire::{HostPid, NsPid};
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+/// Adds every process that is in the pid namespace but not in `processes`, and those in a cgroup below the container's.
+pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> Result<(), PreflightError> {
+    let known: HashSet<HostPid> = processes.iter().map(|process| process.pid).collect();
+    let Some(namespace) = pid_namespace(processes[0].pid) else { return Ok(()) };
+    for pid in all_processes()? {
+        if known.contains(&pid) || pid_namespace(pid).as_ref() != Some(&namespace) {
+            continue;
+        }
+        match read(pid, "status") {
+            Ok(status) => add_stray(&status, obstacles),
+            Err(_) if is_gone(pid) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let home = read(processes[0].pid, "cgroup")?;
+    for process in &processes[1..] {
+        match read(process.pid, "cgroup") {
+            Ok(cgroup) if cgroup == home => {}
+            Ok(_) => obstacles.add(
+                process.ns_pid,
+                "cgroup",
+                "the process is in another cgroup than PID 1; cgroups made inside a container are not moved yet",
+                "run the container without a manager of cgroups (such as systemd) inside",
+            ),
+            Err(_) if is_gone(process.pid) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn add_stray(status: &str, obstacles: &mut Obstacles) {
+    let pid = field(status, "NSpid:").and_then(|pids| pids.split_whitespace().last()?.parse().ok());
+    let pid = NsPid(pid.unwrap_or_default());
+    if field(status, "State:").is_some_and(|state| state.starts_with(['Z', 'X'])) {
+        obstacles.add(
+            pid,
+            "process",
+            "a zombie, whose exit status its parent has not collected",
+            "try again; if it stays, the parent (or PID 1) does not wait for its children",
+        );
+    } else {
+        obstacles.add(
+            pid,
+            "cgroup",
+            "the process is in the container's pid namespace but not in its cgroup",
+            "end the session that entered the container, or move the process into the container's cgroup",
+        );
+    }
+}
+
+fn pid_namespace(pid: HostPid) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
+}
+
+fn all_processes() -> Result<Vec<HostPid>, PreflightError> {
+    let error = |error| PreflightError::Read { path: "/proc".into(), error };
+    let mut pids = Vec::new();
+    for entry in std::fs::read_dir("/proc").map_err(error)? {
+        let name = entry.map_err(error)?.file_name();
+        pids.extend(name.to_str().and_then(|name| name.parse().ok()).map(HostPid));
+    }
+    Ok(pids)
+}
