@@ -2,8 +2,12 @@
 
 use super::error::{Error, Result};
 use memmap2::MmapMut;
+use pclive_wire::PAGE_SIZE;
 use pclive_wire::page_frame::{MAX_CONTENTS_LEN, MAX_HEAD_LEN};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Room in front of the contents: whole pages, so that these are aligned.
+const HEAD_ROOM: usize = MAX_HEAD_LEN.next_multiple_of(PAGE_SIZE as usize);
 
 /// A fixed number of [`PageBuffer`]s.
 #[derive(Clone, Debug)]
@@ -25,7 +29,7 @@ impl Free {
 impl BufferPool {
     /// A pool of `count` buffers; their memory is touched when they are first used.
     pub fn new(count: usize) -> Result<Self> {
-        let map = || MmapMut::map_anon(MAX_HEAD_LEN + MAX_CONTENTS_LEN);
+        let map = || MmapMut::map_anon(HEAD_ROOM + MAX_CONTENTS_LEN);
         let buffers = (0..count)
             .map(|_| map())
             .collect::<std::io::Result<_>>()
@@ -54,7 +58,7 @@ impl BufferPool {
     }
 }
 
-/// Room for a batch: a page for its head, then [`MAX_CONTENTS_LEN`] bytes of contents, page-aligned. Returns to its pool
+/// Room for a batch: pages for its head, then [`MAX_CONTENTS_LEN`] bytes of contents, page-aligned. Returns to its pool
 /// when dropped.
 #[derive(Debug)]
 pub struct PageBuffer {
@@ -66,7 +70,7 @@ pub struct PageBuffer {
 impl PageBuffer {
     /// Room for page contents.
     pub fn contents(&self) -> &[u8] {
-        self.map.as_ref().map_or(&[], |map| &map[MAX_HEAD_LEN..])
+        self.map.as_ref().map_or(&[], |map| &map[HEAD_ROOM..])
     }
 
     /// Room for page contents.
@@ -76,13 +80,13 @@ impl PageBuffer {
 
     /// Room for header and runs.
     pub(super) fn head(&self) -> &[u8] {
-        self.map.as_ref().map_or(&[], |map| &map[..MAX_HEAD_LEN])
+        self.map.as_ref().map_or(&[], |map| &map[..HEAD_ROOM])
     }
 
     /// Room for header and runs, and room for page contents.
     pub(super) fn split_mut(&mut self) -> (&mut [u8], &mut [u8]) {
         match &mut self.map {
-            Some(map) => map.split_at_mut(MAX_HEAD_LEN),
+            Some(map) => map.split_at_mut(HEAD_ROOM),
             None => (&mut [], &mut []),
         }
     }
@@ -105,7 +109,7 @@ mod tests {
         let pool = BufferPool::new(1).unwrap();
         let mut buffer = pool.take();
         assert_eq!(buffer.contents().as_ptr() as usize % 4096, 0);
-        assert_eq!((buffer.head().len(), buffer.contents_mut().len()), (4096, 1 << 20));
+        assert_eq!((buffer.head().len(), buffer.contents_mut().len()), (8192, 1 << 20));
         assert!(pool.try_take().is_none());
 
         std::thread::scope(|scope| {

@@ -26,7 +26,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// How long a peer may be silent at the TCP level before it is taken for dead.
-pub const PEER_SILENCE: Duration = Duration::from_secs(10);
+pub const PEER_SILENCE: Duration = Duration::from_secs(5);
 /// How long connecting, and each of the first messages, may take.
 pub const OPENING: Duration = Duration::from_secs(10);
 /// How long the peer may take to accept a message that is being sent.

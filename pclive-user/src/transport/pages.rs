@@ -30,6 +30,9 @@ use std::time::Duration;
 
 /// Buffers of one stream, at either end: one being filled, the others on their way.
 const BUFFERS: usize = 4;
+/// Fewer bytes are copied faster than their pages are pinned (msg_zerocopy.rst: "generally only effective at writes over
+/// around 10 KB").
+const MIN_ZEROCOPY: usize = 16 << 10;
 /// How long the peer may accept nothing. Longer than for the control stream, whose own limit is what notices a dead
 /// peer: a destination that is busy reconciling closes the window of its page streams for a while.
 const STALL: Duration = Duration::from_secs(60);
@@ -144,9 +147,7 @@ impl PageSender {
         let first = self.in_flight.sends();
         let mut parts =
             [IoSlice::new(&buffer.head()[..head_len]), IoSlice::new(&buffer.contents()[..contents_len])];
-        // A page or two are copied faster than they are pinned (msg_zerocopy.rst: "generally only effective at writes
-        // over around 10 KB").
-        let result = self.send_all(&mut parts, contents_len >= 4 * MAX_HEAD_LEN);
+        let result = self.send_all(&mut parts, contents_len >= MIN_ZEROCOPY);
         // Kept even if sending failed half-way: the kernel may still read the first half.
         self.in_flight.keep(buffer, first);
         result

@@ -16,8 +16,8 @@ pub const MAX_CONTROL_PAYLOAD: usize = 32 << 20;
 pub const DECODE_EXPANSION: usize = 40;
 /// Pages whose contents travel in one page batch (1 MiB).
 pub const MAX_BATCH_PAGES: usize = 256;
-/// Runs of pages in one batch: with its header they fill one page.
-pub const MAX_BATCH_RUNS: usize = 255;
+/// Runs of pages in one batch: even if no two of its pages are adjacent.
+pub const MAX_BATCH_RUNS: usize = MAX_BATCH_PAGES;
 /// Pages that one run without contents (zero, absent) may cover: 1 GiB, so that applying a batch stays short.
 pub const MAX_EMPTY_RUN_PAGES: u64 = 1 << 18;
 /// Page streams of one migration.

@@ -8,8 +8,7 @@
 //!   one run:  │ start: u64 │ pages: u32 │ kind │ 0 0 0 │                        little-endian
 //! ```
 //!
-//! Header and runs together are at most one page, so that a sender keeps them in front of page-aligned contents, and
-//! the contents of the raw runs follow in the order of the runs. Runs of a batch ascend and do not overlap.
+//! The contents of the raw runs follow in the order of the runs. Runs of a batch ascend and do not overlap.
 //!
 //! A page may be sent again in a later round, on another stream. [`StreamOrder`] holds the rule that makes this safe:
 //! on each stream the frames of a round lie between two barriers, and a receiver that has to let the newer copy win
@@ -22,12 +21,10 @@ use crate::units::{NsPid, PAGE_SIZE, PageRange, Round, VirtAddr};
 pub const HEADER_LEN: usize = 16;
 /// Bytes of one run.
 pub const RUN_LEN: usize = 16;
-/// Bytes of the largest header with its runs: a page.
+/// Bytes of the largest header with its runs.
 pub const MAX_HEAD_LEN: usize = HEADER_LEN + MAX_BATCH_RUNS * RUN_LEN;
 /// Bytes of the largest contents.
 pub const MAX_CONTENTS_LEN: usize = MAX_BATCH_PAGES * PAGE_SIZE as usize;
-
-const _: () = assert!(MAX_HEAD_LEN == PAGE_SIZE as usize);
 
 const MAGIC: [u8; 2] = *b"PF";
 const KIND_BATCH: u8 = 1;
@@ -301,8 +298,16 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_a_batch_need_not_be_adjacent() {
+        let runs: Vec<_> = (0..MAX_BATCH_PAGES as u64).map(|i| run(i * 2, 1, RunKind::Raw)).collect();
+        let (header, bytes) = encoded(7, &runs).unwrap();
+        assert_eq!(bytes.len(), MAX_HEAD_LEN);
+        assert_eq!(decoded(&bytes), Ok((FrameHeader::Batch(header), runs)));
+    }
+
+    #[test]
     fn what_a_receiver_would_refuse_is_not_sent() {
-        let many: Vec<_> = (0..256).map(|i| run(i * 2, 1, RunKind::Zero)).collect();
+        let many: Vec<_> = (0..257).map(|i| run(i * 2, 1, RunKind::Zero)).collect();
         let r = RunKind::Raw;
         for (process, runs) in [
             (0, vec![run(1, 1, r)]),

@@ -78,6 +78,18 @@ fn batches_arrive_whole_and_in_order_with_buffers_being_reused() {
 }
 
 #[test]
+fn scattered_pages_fill_a_batch() {
+    let (mut sender, mut receiver) = ends();
+    let mut buffer = sender.buffer().unwrap();
+    buffer.contents_mut()[255 * 4096] = 9;
+    let runs: Vec<_> = (0..256).map(|i| run(16 + 2 * i, 1, RunKind::Raw)).collect();
+    sender.send(NsPid(7), &runs, buffer).unwrap();
+    let PageEvent::Batch(batch) = receiver.recv().unwrap() else { panic!("no batch") };
+    let last = batch.pieces().last().unwrap();
+    assert_eq!((last.0, last.1[0]), (runs[255], 9));
+}
+
+#[test]
 fn a_batch_without_contents_needs_no_pages() {
     let (mut sender, mut receiver) = ends();
     let buffer = sender.buffer().unwrap();
