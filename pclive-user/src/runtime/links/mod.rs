@@ -16,7 +16,7 @@ use netlink::{Netlink, Request};
 use netlink_packet_core::DecodeError;
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::packet::PacketSocket;
-use snapshot::Snapshot;
+use snapshot::{Address, Snapshot};
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io;
@@ -149,8 +149,7 @@ impl Links {
         }
         self.snapshot = Snapshot::take(&mut self.netlink)?;
         let up = self.snapshot.links.iter().filter(|link| link.up);
-        let mut requests: Vec<Request> = up.map(|link| link.set(false)).collect();
-        requests.extend(self.snapshot.remove_addresses.iter().cloned());
+        let requests: Vec<Request> = up.map(|link| link.set(false)).collect();
         // Also after an error: some links may be down.
         self.down = true;
         self.netlink.apply(&requests)?;
@@ -174,9 +173,18 @@ impl Links {
         if !self.down {
             return Ok(());
         }
-        let raised = self.snapshot.links.iter().filter(|link| is_raised(link.up));
-        let mut requests: Vec<Request> = raised.map(|link| link.set(true)).collect();
-        requests.extend(self.snapshot.restore.iter().cloned());
+        let raised: Vec<_> = self.snapshot.links.iter().filter(|link| is_raised(link.up)).collect();
+        let is_raised = |index| raised.iter().any(|link| link.index == index);
+        let renewals = || {
+            let addresses = self.snapshot.addresses.iter().filter(|address| is_raised(address.link));
+            addresses.filter_map(|address| address.renew.as_ref())
+        };
+        // An address that is still there when its link comes up would be checked for duplicates.
+        let removed = renewals().map(|renewal| renewal.remove.clone());
+        let up = raised.iter().map(|link| link.set(true));
+        let added = renewals().map(|renewal| renewal.add.clone());
+        let routes = self.snapshot.routes.iter().cloned();
+        let requests: Vec<Request> = removed.chain(up).chain(added).chain(routes).collect();
         self.netlink.apply(&requests)?;
         self.down = false;
         Ok(())
@@ -186,7 +194,7 @@ impl Links {
     /// neighbour advertisements. They are lost if sent before the network behind the link is ready: send them again.
     pub fn announce(&self) -> Result<(), LinkError> {
         let mut result = Ok(());
-        for (index, address) in &self.snapshot.addresses {
+        for Address { link: index, address, .. } in &self.snapshot.addresses {
             let Some(link) = self.snapshot.links.iter().find(|link| link.index == *index) else { continue };
             let Some(mac) = link.mac else { continue };
             for frame in announce::frames(*address, mac) {

@@ -50,12 +50,25 @@ impl Link {
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub links: Vec<Link>,
-    /// Every address with the link that has it.
-    pub addresses: Vec<(u32, IpAddr)>,
-    /// Removes the IPv6 addresses that a link keeps while it is down.
-    pub remove_addresses: Vec<Request>,
-    /// Adds what vanishes when the links go down: IPv6 addresses, then routes.
-    pub restore: Vec<Request>,
+    pub addresses: Vec<Address>,
+    /// Add the routes that vanish when the links go down.
+    pub routes: Vec<Request>,
+}
+
+/// An address of a link.
+#[derive(Debug)]
+pub(super) struct Address {
+    pub link: u32,
+    pub address: IpAddr,
+    /// For IPv6 only: IPv4 addresses outlive their link's going down.
+    pub renew: Option<Renewal>,
+}
+
+/// Removes an address that may be there and adds it.
+#[derive(Debug)]
+pub(super) struct Renewal {
+    pub remove: Request,
+    pub add: Request,
 }
 
 impl Snapshot {
@@ -68,21 +81,12 @@ impl Snapshot {
             .collect();
         let is_ours = |index| links.iter().any(|link| link.index == index);
 
-        let mut addresses = Vec::new();
-        let (mut remove_addresses, mut restore) = (Vec::new(), Vec::new());
-        for message in
-            netlink.dump("list addresses", RouteNetlinkMessage::GetAddress(AddressMessage::default()))?
-        {
-            let RouteNetlinkMessage::NewAddress(message) = message else { continue };
-            let Some(address) = address_of(&message).filter(|_| is_ours(message.header.index)) else {
-                continue;
-            };
-            addresses.push((message.header.index, address));
-            if address.is_ipv6() {
-                remove_addresses.push(remove_address(&message, address));
-                restore.push(add_address(message, address));
-            }
-        }
+        let addresses = netlink
+            .dump("list addresses", RouteNetlinkMessage::GetAddress(AddressMessage::default()))?
+            .into_iter()
+            .filter_map(address_of)
+            .filter(|address| is_ours(address.link))
+            .collect();
 
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -95,8 +99,8 @@ impl Snapshot {
                 }
             }
         }
-        restore.extend(in_order(routes).into_iter().map(add_route).collect::<Result<Vec<_>, _>>()?);
-        Ok(Self { links, addresses, remove_addresses, restore })
+        let routes = in_order(routes).into_iter().map(add_route).collect::<Result<_, _>>()?;
+        Ok(Self { links, addresses, routes })
     }
 }
 
@@ -119,18 +123,23 @@ fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     Some(Link { index: message.header.index, name, up: flags.contains(LinkFlags::Up), mac })
 }
 
-/// The link's own address: of a point-to-point link, `IFA_ADDRESS` is the peer's.
-fn address_of(message: &AddressMessage) -> Option<IpAddr> {
-    let local = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Local(address) => Some(*address),
-        _ => None,
-    });
-    local.or_else(|| {
-        message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        })
-    })
+fn address_of(message: RouteNetlinkMessage) -> Option<Address> {
+    let RouteNetlinkMessage::NewAddress(message) = message else { return None };
+    let (mut own, mut peer) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => own = Some(*address),
+            AddressAttribute::Address(address) => peer = Some(*address),
+            _ => (),
+        }
+    }
+    // IFA_ADDRESS is the peer's address if the link is point-to-point and has IFA_LOCAL too.
+    let address = own.or(peer)?;
+    let link = message.header.index;
+    let renew = address
+        .is_ipv6()
+        .then(|| Renewal { remove: remove_address(&message, address), add: add_address(message, address) });
+    Some(Address { link, address, renew })
 }
 
 fn remove_address(message: &AddressMessage, address: IpAddr) -> Request {
@@ -141,7 +150,7 @@ fn remove_address(message: &AddressMessage, address: IpAddr) -> Request {
         what: format!("remove address {address} from link {}", message.header.index),
         message: RouteNetlinkMessage::DelAddress(removed),
         flags: 0,
-        // It goes with the link, unless keep_addr_on_down is set or the link was down before.
+        // It went with the link, unless keep_addr_on_down is set or the link was down before.
         accepted: &[Errno::EADDRNOTAVAIL],
     }
 }
