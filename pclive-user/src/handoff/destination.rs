@@ -65,8 +65,6 @@ pub enum DestinationEvent {
     Prepared,
     /// It cannot; nothing was made.
     Refused(RemoteError),
-    /// The skeleton equals the manifest of this round.
-    Reconciled(Round),
     /// The pages of this round are taken care of.
     RoundApplied(Round),
     /// Everything but the container's own code has been done.
@@ -105,7 +103,6 @@ impl DestinationEvent {
             Self::Destroyed => "Destroyed",
             Self::Prepared => "Prepared",
             Self::Refused(_) => "Refused",
-            Self::Reconciled(_) => "Reconciled",
             Self::RoundApplied(_) => "RoundApplied",
             Self::Built => "Built",
             Self::Running => "Running",
@@ -201,7 +198,6 @@ impl DestinationState {
         let good = match (&mut self, &event) {
             (Self::Building(p), DestinationEvent::Manifest { round, last }) => p.manifest(*round, *last),
             (Self::Building(p), DestinationEvent::RoundEnd(round)) => p.round_sent(*round),
-            (Self::Building(p), DestinationEvent::Reconciled(round)) => p.reconciled(*round),
             (Self::Building(p), DestinationEvent::RoundApplied(round)) => p.applied(*round),
             _ => false,
         };
@@ -295,8 +291,8 @@ mod tests {
     }
 
     fn states() -> Vec<DestinationState> {
-        let rounds = Progress { manifests: 2, sent: 1, reconciled: 1, applied: 0, last: false };
-        let last = Progress { manifests: 2, sent: 2, reconciled: 2, applied: 2, last: true };
+        let rounds = Progress { manifests: 2, sent: 2, applied: 1, last: false };
+        let last = Progress { manifests: 3, sent: 2, applied: 2, last: true };
         vec![
             DestinationState::Proposed,
             DestinationState::Building(rounds),
@@ -316,15 +312,13 @@ mod tests {
         vec![
             DestinationEvent::Manifest { round: Round(2), last: true },
             DestinationEvent::Manifest { round: Round(1), last: false },
-            DestinationEvent::RoundEnd(Round(1)),
-            DestinationEvent::RoundEnd(Round(0)),
+            DestinationEvent::RoundEnd(Round(2)),
             DestinationEvent::Commit,
             DestinationEvent::Abort(AbortReason::Cancelled),
             DestinationEvent::Destroyed,
             DestinationEvent::Prepared,
             DestinationEvent::Refused(remote()),
-            DestinationEvent::Reconciled(Round(1)),
-            DestinationEvent::RoundApplied(Round(0)),
+            DestinationEvent::RoundApplied(Round(1)),
             DestinationEvent::Built,
             DestinationEvent::Running,
             DestinationEvent::Removed,
@@ -376,14 +370,12 @@ mod tests {
         let table = [
             "Manifest     |!J Removed |·           |!R Removing |!R Removing |=          |=    |=         |=         |=",
             "Manifest     |!J Removed |!R Removing |!R Removing |!R Removing |=          |=    |=         |=         |=",
-            "RoundEnd     |!J Removed |·           |!R Removing |!R Removing |=          |=    |=         |=         |=",
             "RoundEnd     |!J Removed |!R Removing |!R Removing |!R Removing |=          |=    |=         |=         |=",
             "Commit       |!J Removed |!R Removing |!R Removing |X Resuming  |=          |=    |=         |=         |=",
             "Abort        |D Removed  |R Removing  |R Removing  |R Removing  |=          |=    |=         |=         |=",
             "Destroyed    |!J Removed |!R Removing |!R Removing |!R Removing |=          |Done |=         |=         |=",
             "Prepared     |Building   |!R Removing |!R Removing |!R Removing |=          |=    |=         |=         |=",
             "Refused      |J Removed  |!R Removing |!R Removing |!R Removing |=          |=    |=         |=         |=",
-            "Reconciled   |!J Removed |·           |!R Removing |!R Removing |=          |=    |=         |=         |=",
             "RoundApplied |!J Removed |·           |!R Removing |!R Removing |=          |=    |=         |=         |=",
             "Built        |!J Removed |!R Removing |Y Ready     |!R Removing |=          |=    |=         |=         |=",
             "Running      |!J Removed |!R Removing |!R Removing |!R Removing |Running    |=    |=         |=         |=",

@@ -53,16 +53,14 @@ pub enum Reason {
     Violation { state: &'static str, event: &'static str },
 }
 
-/// How far the rounds are. Manifests, ends of rounds, reconciliations and applications each go through the rounds
-/// without gaps, and the later ones of these never overtake the earlier ones.
+/// How far the rounds are. Manifests, ends of rounds, and applications each go through the rounds without gaps, and none
+/// overtakes the one before. The last manifest, with the state of the frozen container, has no pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Manifests sent.
     pub manifests: u32,
     /// Rounds whose pages have all been sent.
     pub sent: u32,
-    /// Manifests that the skeleton equals.
-    pub reconciled: u32,
     /// Rounds whose pages have been taken care of at the destination.
     pub applied: u32,
     /// The newest manifest is the last.
@@ -70,8 +68,9 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// The last manifest comes when all pages have been sent.
     fn manifest(&mut self, round: Round, last: bool) -> bool {
-        let good = !self.last && round.0 == self.manifests;
+        let good = !self.last && round.0 == self.manifests && (!last || self.sent == self.manifests);
         if good {
             self.manifests += 1;
             self.last = last;
@@ -80,20 +79,16 @@ impl Progress {
     }
 
     fn round_sent(&mut self, round: Round) -> bool {
-        step(&mut self.sent, round, self.manifests)
-    }
-
-    fn reconciled(&mut self, round: Round) -> bool {
-        step(&mut self.reconciled, round, self.manifests)
+        step(&mut self.sent, round, self.manifests - u32::from(self.last))
     }
 
     fn applied(&mut self, round: Round) -> bool {
-        step(&mut self.applied, round, self.sent.min(self.reconciled))
+        step(&mut self.applied, round, self.sent)
     }
 
-    /// Whether the destination has everything, the last manifest included.
+    /// Whether the destination has everything.
     pub fn complete(&self) -> bool {
-        self.last && self.applied == self.manifests
+        self.last && self.applied == self.sent
     }
 }
 
@@ -113,13 +108,12 @@ mod tests {
     #[test]
     fn rounds_come_without_gaps_and_nothing_overtakes() {
         let mut p = Progress::default();
-        assert!(!p.round_sent(Round(0)) && !p.reconciled(Round(0)) && !p.applied(Round(0)));
+        assert!(!p.round_sent(Round(0)) && !p.applied(Round(0)));
         assert!(!p.manifest(Round(1), false) && p.manifest(Round(0), false));
+        assert!(!p.manifest(Round(1), true), "the pages of round 0 are missing");
         assert!(!p.applied(Round(0)) && p.round_sent(Round(0)) && !p.round_sent(Round(0)));
-        assert!(!p.applied(Round(0)) && p.reconciled(Round(0)) && p.applied(Round(0)));
-        assert!(!p.complete());
         assert!(p.manifest(Round(1), true) && !p.manifest(Round(2), false));
-        assert!(p.round_sent(Round(1)) && p.reconciled(Round(1)));
-        assert!(!p.complete() && p.applied(Round(1)) && p.complete());
+        assert!(!p.round_sent(Round(1)), "the last manifest has no pages");
+        assert!(!p.complete() && p.applied(Round(0)) && p.complete());
     }
 }

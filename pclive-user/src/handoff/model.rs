@@ -138,13 +138,21 @@ impl World {
         match self.source.state() {
             SourceState::Rounds(p) | SourceState::Frozen(p) => {
                 let frozen = matches!(self.source.state(), SourceState::Frozen(_));
-                // One round before the freeze, one after.
-                if if frozen { !p.last } else { p.manifests == 0 } {
-                    let (round, last) = (Round(p.manifests), frozen);
-                    let message = DestinationEvent::Manifest { round, last };
-                    next.push(step(SourceEvent::ManifestSent { round, last }, Some(message)));
+                // At most two rounds, before the freeze or after it, and then the last manifest.
+                for last in [false, true] {
+                    let possible = if last { frozen && p.sent == p.manifests } else { p.manifests < 2 };
+                    if possible && !p.last {
+                        let round = Round(p.manifests);
+                        let message = DestinationEvent::Manifest { round, last };
+                        next.push(step(SourceEvent::ManifestSent { round, last }, Some(message)));
+                    }
                 }
-                if p.sent < p.manifests {
+                if frozen && !p.last {
+                    let mut world = step(SourceEvent::Thawed, None);
+                    world.at_source = AtSource::Running;
+                    next.push(world);
+                }
+                if p.sent < p.manifests && !p.last {
                     let round = Round(p.sent);
                     next.push(step(SourceEvent::RoundSent(round), Some(DestinationEvent::RoundEnd(round))));
                 }
@@ -181,12 +189,8 @@ impl World {
                 next.push(step(DestinationEvent::Refused(remote()), None));
             }
             DestinationState::Building(p) => {
-                let (reconciled, applied) = (Round(p.reconciled), Round(p.applied));
-                if p.reconciled < p.manifests {
-                    let message = SourceEvent::Reconciled(reconciled);
-                    next.push(step(DestinationEvent::Reconciled(reconciled), Some(message)));
-                }
-                if p.applied < p.sent.min(p.reconciled) {
+                let applied = Round(p.applied);
+                if p.applied < p.sent {
                     let message = SourceEvent::RoundApplied(applied);
                     next.push(step(DestinationEvent::RoundApplied(applied), Some(message)));
                 }

@@ -7,11 +7,11 @@ use pclive_wire::control::{AbortReason, DestinationMessage, Failure, RemoteError
 /// The source's state.
 ///
 /// ```text
-///                Accepted              Freeze             Ready             Commit
-///    ┌──────────┐       ┌────────┐           ┌────────┐         ┌───────┐            ┌───────────┐
-///    │ Proposed ├──────▶│ Rounds ├──────────▶│ Frozen ├────────▶│ Ready ├═══════════▶│ Committed │
-///    └────┬─────┘       └───┬────┘           └───┬────┘         └───┬───┘ the point  └─┬───────┬─┘
-///         │                 │ cancelled, failed, violation          │   of no return   │       │
+///                Accepted              Freeze             PeerReady           Commit
+///    ┌──────────┐       ┌────────┐──────────▶┌────────┐         ┌───────┐            ┌───────────┐
+///    │ Proposed ├──────▶│ Rounds │  Thawed   │ Frozen ├────────▶│ Ready ├═══════════▶│ Committed │
+///    └────┬─────┘       └───┬────┘◀──────────└───┬────┘         └───┬───┘ the point  └─┬───────┬─┘
+///         │                 │ cancelled, failed, │ violation        │   of no return   │       │
 ///         │                 ├────────────────────┴──────────────────┘          Running │       │ anything else
 ///         │                 ▼ resume, detach, send abort                               ▼       ▼
 ///         │           ┌──────────┐                                          ┌────────────┐ ┌─────────┐
@@ -76,7 +76,7 @@ pub enum SourceEvent {
     // From the destination.
     Accepted,
     Rejected(RemoteError),
-    Reconciled(Round),
+    Reconciled,
     RoundApplied(Round),
     PeerReady,
     Running,
@@ -92,6 +92,8 @@ pub enum SourceEvent {
     RoundSent(Round),
     /// The container is about to be frozen.
     Freeze,
+    /// The container runs again: it was in a state that cannot be moved but passes.
+    Thawed,
     /// Everything is in place at this side, too: hand the container over.
     Commit,
     /// The source's copy has been removed.
@@ -109,7 +111,7 @@ impl From<&DestinationMessage> for SourceEvent {
         match message {
             DestinationMessage::Accepted(_) => Self::Accepted,
             DestinationMessage::Rejected(error) => Self::Rejected(error.clone()),
-            DestinationMessage::Reconciled { round, .. } => Self::Reconciled(*round),
+            DestinationMessage::Reconciled { .. } => Self::Reconciled,
             DestinationMessage::RoundApplied(applied) => Self::RoundApplied(applied.round),
             DestinationMessage::Ready => Self::PeerReady,
             DestinationMessage::Running(_) => Self::Running,
@@ -124,7 +126,7 @@ impl SourceEvent {
         match self {
             Self::Accepted => "Accepted",
             Self::Rejected(_) => "Rejected",
-            Self::Reconciled(_) => "Reconciled",
+            Self::Reconciled => "Reconciled",
             Self::RoundApplied(_) => "RoundApplied",
             Self::PeerReady => "PeerReady",
             Self::Running => "Running",
@@ -133,6 +135,7 @@ impl SourceEvent {
             Self::ManifestSent { .. } => "ManifestSent",
             Self::RoundSent(_) => "RoundSent",
             Self::Freeze => "Freeze",
+            Self::Thawed => "Thawed",
             Self::Commit => "Commit",
             Self::Destroyed => "Destroyed",
             Self::Failed(_) => "Failed",
@@ -235,6 +238,9 @@ impl SourceState {
                 (Self::Aborted { reason, remains }, vec![SourceAction::Detach])
             }
             (Self::Rounds(progress), SourceEvent::Freeze) => (Self::Frozen(progress), vec![]),
+            (Self::Frozen(progress), SourceEvent::Thawed) if !progress.last => {
+                (Self::Rounds(progress), vec![])
+            }
             (Self::Frozen(progress), SourceEvent::PeerReady) if progress.complete() => (Self::Ready, vec![]),
             (Self::Ready, SourceEvent::Commit) => {
                 (Self::Committed, vec![SourceAction::Send(SourceMessage::Commit)])
@@ -259,7 +265,8 @@ impl SourceState {
                 (frozen || !last) && p.manifest(*round, *last)
             }
             (Self::Rounds(p) | Self::Frozen(p), SourceEvent::RoundSent(round)) => p.round_sent(*round),
-            (Self::Rounds(p) | Self::Frozen(p), SourceEvent::Reconciled(round)) => p.reconciled(*round),
+            // A measurement: what counts is that the round is applied.
+            (Self::Rounds(_) | Self::Frozen(_) | Self::Ready, SourceEvent::Reconciled) => true,
             (Self::Rounds(p) | Self::Frozen(p), SourceEvent::RoundApplied(round)) => p.applied(*round),
             _ => false,
         };
@@ -368,8 +375,8 @@ mod tests {
 
     /// Every state, with the next expected round being 1 where there are rounds.
     fn states() -> Vec<SourceState> {
-        let rounds = Progress { manifests: 2, sent: 1, reconciled: 1, applied: 0, last: false };
-        let last = Progress { manifests: 2, sent: 2, reconciled: 2, applied: 2, last: true };
+        let rounds = Progress { manifests: 2, sent: 1, applied: 0, last: false };
+        let last = Progress { manifests: 3, sent: 2, applied: 2, last: true };
         vec![
             SourceState::Proposed,
             SourceState::Rounds(rounds),
@@ -389,8 +396,7 @@ mod tests {
         vec![
             SourceEvent::Accepted,
             SourceEvent::Rejected(remote()),
-            SourceEvent::Reconciled(Round(1)),
-            SourceEvent::Reconciled(Round(0)),
+            SourceEvent::Reconciled,
             SourceEvent::RoundApplied(Round(0)),
             SourceEvent::RoundApplied(Round(1)),
             SourceEvent::PeerReady,
@@ -401,6 +407,7 @@ mod tests {
             SourceEvent::ManifestSent { round: Round(2), last: true },
             SourceEvent::RoundSent(Round(1)),
             SourceEvent::Freeze,
+            SourceEvent::Thawed,
             SourceEvent::Commit,
             SourceEvent::Destroyed,
             SourceEvent::Failed(failure()),
@@ -447,8 +454,7 @@ mod tests {
         let table = [
             "Accepted     |Rounds       |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
             "Rejected     |D Aborted    |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |Aborted",
-            "Reconciled   |!DA Aborting |·            |·            |!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
-            "Reconciled   |!DA Aborting |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
+            "Reconciled   |!DA Aborting |=            |=            |=            |=            |!Unknown|=      |=",
             "RoundApplied |!DA Aborting |·            |·            |!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
             "RoundApplied |!DA Aborting |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
             "PeerReady    |!DA Aborting |!DA Aborting |!RDA Aborting|Ready        |!RDA Aborting|!Unknown|=      |=",
@@ -456,9 +462,10 @@ mod tests {
             "PeerFailed   |D Aborted    |D Aborted    |RD Aborted   |RD Aborted   |RD Aborted   |Unknown |=      |Aborted",
             "Removed      |!DA Aborting |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |Aborted",
             "ManifestSent |!DA Aborting |·            |·            |!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
-            "ManifestSent |!DA Aborting |!DA Aborting |·            |!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
+            "ManifestSent |!DA Aborting |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
             "RoundSent    |!DA Aborting |·            |·            |!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
             "Freeze       |!DA Aborting |Frozen       |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
+            "Thawed       |!DA Aborting |!DA Aborting |Rounds       |!RDA Aborting|!RDA Aborting|!Unknown|=      |=",
             "Commit       |!DA Aborting |!DA Aborting |!RDA Aborting|!RDA Aborting|C Committed  |!Unknown|=      |=",
             "Destroyed    |!DA Aborting |!DA Aborting |!RDA Aborting|!RDA Aborting|!RDA Aborting|!Unknown|G Done |=",
             "Failed       |DA Aborting  |DA Aborting  |RDA Aborting |RDA Aborting |RDA Aborting |Unknown |Done   |Aborted",
@@ -483,14 +490,17 @@ mod tests {
         for event in [
             SourceEvent::Accepted,
             SourceEvent::ManifestSent { round: Round(0), last: false },
-            SourceEvent::Reconciled(Round(0)),
+            SourceEvent::Reconciled,
             SourceEvent::RoundSent(Round(0)),
             SourceEvent::RoundApplied(Round(0)),
             SourceEvent::Freeze,
-            SourceEvent::ManifestSent { round: Round(1), last: true },
+            SourceEvent::Thawed,
+            SourceEvent::Freeze,
+            SourceEvent::ManifestSent { round: Round(1), last: false },
             SourceEvent::RoundSent(Round(1)),
-            SourceEvent::Reconciled(Round(1)),
             SourceEvent::RoundApplied(Round(1)),
+            SourceEvent::ManifestSent { round: Round(2), last: true },
+            SourceEvent::Reconciled,
             SourceEvent::PeerReady,
             SourceEvent::Commit,
             SourceEvent::Running,

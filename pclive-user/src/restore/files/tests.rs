@@ -35,7 +35,7 @@ fn round_trip(holder: &Holder) -> (CapturedFiles, OpenedFiles) {
 
 /// The restored file behind descriptor `fd` of the program.
 fn file(captured: &CapturedFiles, opened: &OpenedFiles, fd: i32) -> File {
-    opened.files[captured.id_at(0, fd)].try_clone().unwrap().into()
+    opened.files[captured.id_at(0, fd)].as_ref().unwrap().try_clone().unwrap().into()
 }
 
 fn flags(file: &File) -> OFlag {
@@ -150,7 +150,7 @@ print("ready")
     assert_eq!(number(11).unwrap(), 1 << 40);
     assert_eq!(number(13).unwrap(), 1, "the unread expiry");
     let info = |fd| {
-        let fd = opened.files[captured.id_at(0, fd)].as_raw_fd();
+        let fd = opened.files[captured.id_at(0, fd)].as_ref().unwrap().as_raw_fd();
         std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap()
     };
     assert!(
