@@ -24,6 +24,9 @@ mod exit {
     pub const UNKNOWN: u8 = 5;
 }
 
+/// What is logged unless PCLIVE_LOG says otherwise. The netlink crate warns of every attribute that is newer than itself.
+const DEFAULT_LOG: &str = "warn,netlink_packet_route=error";
+
 /// Moves running containers between hosts while their clients stay connected.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
@@ -78,7 +81,7 @@ impl TrackerArg {
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("PCLIVE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_env("PCLIVE_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match cli.command {
         Command::Serve(args) => serve::run(args),

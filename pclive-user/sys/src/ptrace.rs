@@ -6,6 +6,7 @@
 use crate::{Error, Result, check};
 use pclive_wire::manifest::{Registers, Rseq};
 use pclive_wire::{HostPid, VirtAddr};
+use std::collections::HashSet;
 use std::marker::PhantomData;
 
 /// `ERESTARTSYS` … `ERESTART_RESTARTBLOCK`: kernel-internal results of an interrupted call (`include/linux/errno.h`),
@@ -247,14 +248,25 @@ impl Tracee {
 }
 
 /// Kills the processes of these threads and waits until each thread is gone: a traced one that is not waited for stays,
-/// and keeps its process and its pid namespace from ending. Parents come before children, leaders before their threads.
+/// and keeps its process and its pid namespace from ending. They go in an order that only the kernel knows (the last
+/// thread of a namespace's init waits for all others), so whichever is gone is taken.
 pub fn kill_all(tracees: Vec<Tracee>) {
     for tracee in &tracees {
         // SAFETY: kill takes two integers. It fails only for a thread that is gone, or is not a leader and dies with it.
         unsafe { libc::kill(tracee.tid.0, libc::SIGKILL) };
     }
-    for tracee in tracees.iter().rev() {
-        while !matches!(tracee.wait(), Ok(Stop::Gone(_)) | Err(_)) {}
+    let mut left: HashSet<i32> = tracees.iter().map(|tracee| tracee.tid.0).collect();
+    while !left.is_empty() {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place for the result. Only children and tracees of this thread are waited for.
+        let got = unsafe { libc::waitpid(-1, &mut status, libc::__WALL | libc::__WNOTHREAD) };
+        match got {
+            -1 if nix::errno::Errno::last() != nix::errno::Errno::EINTR => return, // ECHILD: nothing is left
+            tid if matches!(classify(status), Stop::Gone(_)) => {
+                left.remove(&tid);
+            }
+            _ => {}
+        }
     }
 }
 
