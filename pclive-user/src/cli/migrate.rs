@@ -4,12 +4,12 @@ use super::progress::reporter;
 use super::{RuntimeArgs, TrackerArg, exit, require_insecure, write_report};
 use crate::engine::report::Report;
 use crate::engine::source::{MigrateError, Options, migrate};
+use crate::policy::mode::Mode;
 use crate::runtime::{self, ContainerId};
 use crate::transport::Cancellation;
 use anyhow::Result;
-use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use pclive_wire::Round;
-use pclive_wire::control::ApplyMode;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,8 +30,8 @@ pub struct MigrateArgs {
     runtime: RuntimeArgs,
     /// one-shot: freeze, then move everything; pclive: the destination applies complete rounds; pclive-g: pages as they
     /// arrive.
-    #[arg(long, value_enum, default_value_t = ModeArg::PcliveG)]
-    mode: ModeArg,
+    #[arg(long, default_value_t = Mode::PcliveG, value_parser = mode_parser())]
+    mode: Mode,
     /// Keep the pages of rounds before this one in the destination's memory, and apply them from this round on.
     #[arg(long, value_name = "N", default_value_t = 0)]
     restore_from: u32,
@@ -52,11 +52,9 @@ pub struct MigrateArgs {
     json: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum ModeArg {
-    OneShot,
-    Pclive,
-    PcliveG,
+/// Takes the names of the modes, and shows them in the help.
+fn mode_parser() -> impl TypedValueParser<Value = Mode> {
+    PossibleValuesParser::new(Mode::ALL.map(Mode::name)).try_map(|name| name.parse::<Mode>())
 }
 
 /// Moves the container and reports.
@@ -76,18 +74,12 @@ pub fn run(args: MigrateArgs) -> Result<ExitCode> {
 }
 
 fn options(args: &MigrateArgs) -> Result<Options> {
-    let (mode, apply, max_rounds) = match args.mode {
-        ModeArg::OneShot => ("one-shot", ApplyMode::AtFreeze, 0),
-        ModeArg::Pclive => ("pclive", ApplyMode::AtRoundEnd, args.max_rounds),
-        ModeArg::PcliveG => ("pclive-g", ApplyMode::OnArrival, args.max_rounds),
-    };
     Ok(Options {
         container: ContainerId::new(&args.container)?,
         to: args.to,
-        mode: mode.into(),
-        apply,
+        mode: args.mode,
         restore_from: Round(args.restore_from),
-        max_rounds,
+        max_rounds: args.max_rounds,
         max_blackout: Duration::from_millis(args.max_blackout),
         tracker: args.tracker.tier()?,
     })

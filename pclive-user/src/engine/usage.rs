@@ -11,8 +11,9 @@ pub fn cpu_time(who: UsageWho) -> Duration {
     Duration::from_micros(us as u64)
 }
 
-/// Highest resident set of this process so far, in bytes.
+/// Highest resident set of this process so far, in bytes; 0 if the kernel does not tell. Not `ru_maxrss`, which begins
+/// with that of whoever executed this program.
 pub fn peak_rss_bytes() -> u64 {
-    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("getrusage(2) fails for bad arguments only");
-    usage.max_rss() as u64 * 1024
+    let status = procfs::process::Process::myself().and_then(|me| me.status());
+    status.ok().and_then(|status| status.vmhwm).unwrap_or_default() * 1024
 }

@@ -13,8 +13,6 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 /// Most descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
-/// Descriptor tables larger than this are refused: each number below the highest one costs a filler.
-pub const MAX_FD: i32 = 1 << 20;
 
 /// The highest number that the process uses; -1 for none.
 fn highest(table: &[FdEntry]) -> i32 {

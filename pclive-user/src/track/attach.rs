@@ -162,6 +162,15 @@ impl TrackedProcess {
         Ok(written)
     }
 
+    /// How many pages were written since the last round. Protects nothing, and does not see mappings that are new since.
+    pub fn count_written(&self) -> Result<u64, TrackError> {
+        let mut found = Vec::new();
+        for vma in self.layout.iter().filter(|vma| has_own_pages(vma)) {
+            self.pagemap.scan(vma.range, WRITTEN, &mut found)?;
+        }
+        Ok(found.iter().map(|region| region.range.pages).sum())
+    }
+
     /// The last round, with every thread stopped: nothing is protected, and pages that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
         self.check_alive(layout)?;

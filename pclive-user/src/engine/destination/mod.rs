@@ -311,7 +311,9 @@ impl Building {
         self.clock.enter("links up");
         self.links.bring_up()?;
         self.clock.enter("announce");
-        self.links.announce()?;
+        if let Err(error) = self.links.announce() {
+            tracing::warn!("neighbours learn of the container only from its own traffic: {error}");
+        }
         self.clock.enter("sockets live");
         if let Some(files) = self.files.take() {
             for failed in files.go_live() {

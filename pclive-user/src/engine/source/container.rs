@@ -186,6 +186,16 @@ impl Container {
         Ok(round)
     }
 
+    /// How many pages were written since the last round began.
+    pub fn count_written(&self) -> Result<u64, ContainerError> {
+        let tracked = self.live.iter().filter_map(|(&pid, live)| Some((pid, live.tracked.as_ref()?)));
+        tracked
+            .map(|(pid, tracked)| {
+                tracked.count_written().map_err(|source| ContainerError::Track { pid, source })
+            })
+            .sum()
+    }
+
     /// Stops every thread of every process, also those that are being made meanwhile.
     pub fn stop(&mut self) -> Result<Vec<StoppedProcess>, ContainerError> {
         let mut stopped: Vec<StoppedProcess> = Vec::new();

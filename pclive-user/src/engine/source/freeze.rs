@@ -6,10 +6,9 @@ use crate::capture::files::{CapturedFiles, capture_files};
 use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::{Access, Obstacles};
-use crate::engine::report::RoundReport;
-use pclive_wire::control::{DestinationMessage, RoundSummary, RunningReport, SourceMessage};
+use pclive_wire::Round;
+use pclive_wire::control::{DestinationMessage, RunningReport, SourceMessage};
 use pclive_wire::manifest::{Manifest, Process};
-use pclive_wire::{PAGE_SIZE, Round};
 use std::time::{Duration, Instant};
 
 /// How often a freeze is tried again when the container is in a state that cannot be moved but passes.
@@ -136,16 +135,6 @@ impl Migration<'_> {
     fn host_pid(&self, pid: pclive_wire::NsPid) -> pclive_wire::HostPid {
         let process = self.container.processes().iter().find(|process| process.ns_pid == pid);
         process.expect("a layout of each process").pid
-    }
-
-    fn note_round(&mut self, sent: RoundSummary, dirty_pages: u64, start: Instant) {
-        self.report.zero_pages += sent.zero_pages;
-        self.report.rounds.push(RoundReport {
-            pages: sent.pages,
-            bytes: sent.pages * PAGE_SIZE,
-            dirty_pages,
-            duration_us: start.elapsed().as_micros() as u64,
-        });
     }
 
     fn send_last(

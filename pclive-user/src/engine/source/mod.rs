@@ -14,17 +14,17 @@ pub use pages::SendError;
 use super::clock::Clock;
 use super::report::{Report, RoundReport};
 use super::usage::cpu_time;
-use crate::capture::Obstacle;
-use crate::capture::files::FileError;
+use crate::capture::files::{FileError, capture_files};
+use crate::capture::preflight::{PreflightError, survey};
+use crate::capture::{Access, Obstacle, Obstacles};
 use crate::host::{self, HostError};
+use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
 use crate::track::Tier;
 use crate::transport::{self, Cancellation, PageSender, SourceChannel};
 use nix::sys::resource::UsageWho;
 use pclive_wire::Round;
-use pclive_wire::control::{
-    AbortReason, ApplyMode, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage,
-};
+use pclive_wire::control::{AbortReason, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage};
 use pclive_wire::facts::mismatches;
 use pclive_wire::phase::{ClockJoin, Side};
 use std::net::SocketAddr;
@@ -41,10 +41,8 @@ pub struct Options {
     pub container: ContainerId,
     /// The destination.
     pub to: SocketAddr,
-    /// Its name for reports.
-    pub mode: String,
-    /// When the destination applies pages.
-    pub apply: ApplyMode,
+    /// When to freeze, and when the destination applies pages.
+    pub mode: Mode,
     /// Rounds before this one wait in the destination's memory.
     pub restore_from: Round,
     /// Rounds before the freeze, at most; 0 freezes at once.
@@ -90,6 +88,8 @@ pub enum MigrateError {
     Links(#[from] LinkError),
     #[error(transparent)]
     Send(#[from] SendError),
+    #[error("cannot survey the container")]
+    Preflight(#[from] PreflightError),
     /// The destination refused, or failed.
     #[error("the destination failed")]
     Remote(#[source] RemoteError),
@@ -138,14 +138,14 @@ pub fn migrate(
     let mut clock = Clock::start(Side::Source);
     clock.enter("preflight");
     report.container = options.container.to_string();
-    report.mode = options.mode.clone();
+    report.mode = options.mode.to_string();
     report.tracker = options.tracker.to_string();
     let container = preflight(options, runtime)?;
     clock.enter("connect");
     let facts = host::facts()?;
     let proposal = Proposal {
         container: options.container.to_string(),
-        apply: options.apply,
+        apply: options.mode.apply_mode(),
         restore_from: options.restore_from,
         page_streams: 1,
         facts: facts.clone(),
@@ -185,13 +185,9 @@ fn preflight(options: &Options, runtime: &dyn Runtime) -> Result<Container, Migr
         (status, _) => return Err(MigrateError::NotRunning(state.id, status)),
     };
     let container = Container::open(init)?;
-    let mut obstacles = crate::capture::Obstacles::default();
-    crate::capture::files::capture_files(
-        container.processes(),
-        container.env(),
-        crate::capture::Access::Survey,
-        &mut obstacles,
-    )?;
+    let mut obstacles = Obstacles::default();
+    survey(container.processes(), container.env(), &mut obstacles)?;
+    capture_files(container.processes(), container.env(), Access::Survey, &mut obstacles)?;
     let obstacles = obstacles.into_sorted();
     match obstacles.is_empty() {
         true => Ok(container),

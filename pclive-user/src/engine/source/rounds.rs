@@ -3,50 +3,61 @@
 use super::pages::{ProcessPages, send_round};
 use super::{MigrateError, Migration, STEP};
 use crate::engine::report::RoundReport;
+use crate::policy::bandwidth::Bandwidth;
+use crate::policy::convergence::{Decision, Limits, decide, predicted_blackout};
 use crate::track::pageset::PageSet;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
 use pclive_wire::manifest::{Manifest, Process};
 use pclive_wire::{PAGE_SIZE, Round};
 use std::time::{Duration, Instant};
 
+/// What a blackout costs beside sending pages, for the prediction: about what `cargo xtask bench` shows.
+const FIXED_COST: Duration = Duration::from_millis(15);
+
 impl Migration<'_> {
     /// Sends rounds until the policy says to freeze.
     pub(super) fn pre_copy(&mut self) -> Result<(), MigrateError> {
-        let mut before: Option<u64> = None;
-        while self.round.0 < self.options.max_rounds {
+        let limits = Limits {
+            max_blackout: self.options.max_blackout,
+            max_rounds: self.options.max_rounds,
+            fixed_cost: FIXED_COST,
+        };
+        let mut bandwidth = Bandwidth::default();
+        let mut left = Vec::new();
+        if self.options.mode.freezes_first() {
+            return Ok(());
+        }
+        while decide(&left, &bandwidth, &limits) == Decision::Round {
             self.cancellation.check()?;
-            let start = Instant::now();
-            let round = self.round;
-            let processes = self.container.begin_round()?;
-            let dirty: u64 = processes.iter().map(|(_, written)| written.pages()).sum();
-            self.progress.round(round, dirty);
-            let (layouts, written): (Vec<Process>, Vec<PageSet>) = processes.into_iter().unzip();
-            let sent = self.send_round(layouts, written)?;
-            let applied = self.end_round(sent)?;
-            let report = RoundReport {
-                pages: sent.pages,
-                bytes: sent.pages * PAGE_SIZE,
-                dirty_pages: dirty,
-                duration_us: start.elapsed().as_micros() as u64,
-            };
-            let _ = applied;
-            self.report.rounds.push(report);
-            self.report.zero_pages += sent.zero_pages;
-            let predicted = self.predict(&report);
-            self.progress.round_over(&report, predicted);
-            if predicted.is_some_and(|predicted| predicted <= self.options.max_blackout)
-                || before.is_some_and(|before| dirty * 10 >= before * 9)
-            {
-                break;
-            }
-            before = Some(dirty);
+            let report = self.round()?;
+            bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us));
+            let pages = self.container.count_written()?;
+            self.progress.round_over(&report, predicted_blackout(pages, &bandwidth, &limits));
+            left.push(pages);
         }
         Ok(())
     }
 
-    fn predict(&self, last: &RoundReport) -> Option<Duration> {
-        let time = Duration::from_micros(last.duration_us);
-        (self.round.0 > 1).then_some(time)
+    /// One round of pages that were written since the last one.
+    fn round(&mut self) -> Result<RoundReport, MigrateError> {
+        let start = Instant::now();
+        let processes = self.container.begin_round()?;
+        let dirty_pages = processes.iter().map(|(_, written)| written.pages()).sum();
+        self.progress.round(self.round, dirty_pages);
+        let (layouts, written): (Vec<Process>, Vec<PageSet>) = processes.into_iter().unzip();
+        let sent = self.send_round(layouts, written)?;
+        self.end_round(sent)?;
+        Ok(self.note_round(sent, dirty_pages, start))
+    }
+
+    /// Adds a round to the report.
+    pub(super) fn note_round(&mut self, sent: RoundSummary, dirty_pages: u64, start: Instant) -> RoundReport {
+        let bytes = sent.pages * PAGE_SIZE;
+        let duration_us = start.elapsed().as_micros() as u64;
+        let report = RoundReport { pages: sent.pages, bytes, dirty_pages, duration_us };
+        self.report.zero_pages += sent.zero_pages;
+        self.report.rounds.push(report);
+        report
     }
 
     fn send_round(
