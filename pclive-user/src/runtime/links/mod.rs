@@ -16,13 +16,21 @@ use netlink::{Netlink, Request};
 use netlink_packet_core::DecodeError;
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::packet::PacketSocket;
-use snapshot::{Address, Snapshot};
+use snapshot::{Address, Snapshot, is_settled};
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How long a link that has come up may take to become usable. The kernel notices a changed carrier at most once a
+/// second, unless the link's peer has another index than the link, as it nearly always has.
+const SETTLE_TIME_LIMIT: Duration = Duration::from_millis(20);
+
+/// How often the kernel is asked, where asking does not bring it about.
+const SETTLE_INTERVAL: Duration = Duration::from_micros(100);
 
 /// What went wrong with a container's links.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +114,8 @@ pub enum LinkError {
 /// The links of one network namespace.
 pub struct Links {
     netlink: Netlink,
+    /// In pclive's own namespace, where the links' peers are.
+    host: Netlink,
     packets: PacketSocket,
     /// What there was when it was looked at last: while the links are down, just before they went down.
     snapshot: Snapshot,
@@ -131,6 +141,7 @@ impl Links {
         if is_own(netns)? {
             return Err(LinkError::OwnNamespace);
         }
+        let host = Netlink::open().map_err(socket_error("netlink"))?;
         run_in_netns(netns, || {
             let mut netlink = Netlink::open().map_err(socket_error("netlink"))?;
             let packets =
@@ -138,7 +149,7 @@ impl Links {
             let snapshot = Snapshot::take(&mut netlink)?;
             let names = snapshot.links.iter().map(|link| link.name.as_str());
             let detection = ["all"].into_iter().chain(names).filter_map(DuplicateDetection::open).collect();
-            Ok(Self { netlink, packets, snapshot, down: false, detection })
+            Ok(Self { netlink, host, packets, snapshot, down: false, detection })
         })?
     }
 
@@ -157,8 +168,8 @@ impl Links {
         self.detection.iter_mut().try_for_each(DuplicateDetection::suspend)
     }
 
-    /// Sets every link up, also those that were found down, with every address and route that was there: what the
-    /// destination does when the container runs. Announce the addresses next.
+    /// Sets every link up, also those that were found down, with every address and route that was there, and returns
+    /// when they can be used: what the destination does when the container runs. Announce the addresses next.
     pub fn bring_up(&mut self) -> Result<(), LinkError> {
         self.raise(|_| true)
     }
@@ -185,13 +196,35 @@ impl Links {
         let added = renewals().map(|renewal| renewal.add.clone());
         let routes = self.snapshot.routes.iter().cloned();
         let requests: Vec<Request> = removed.chain(up).chain(added).chain(routes).collect();
+        let indices: Vec<_> = raised.iter().map(|link| (link.index, link.peer)).collect();
         self.netlink.apply(&requests)?;
         self.down = false;
-        Ok(())
+        self.settle(&indices)
+    }
+
+    /// Waits until what is sent through the given links, and their peers on the host, gets through.
+    ///
+    /// When a veth comes up, both ends get their carrier at once, but a work queue (net/core/link_watch.c) makes their
+    /// queues and the port of the host's bridge usable. What is sent before is lost, and TCP repeats it 200 ms or, for
+    /// a new connection, a second later.
+    fn settle(&mut self, links: &[(u32, Option<u32>)]) -> Result<(), LinkError> {
+        let deadline = Instant::now() + SETTLE_TIME_LIMIT;
+        loop {
+            let mut settled = true;
+            for &(index, peer) in links {
+                settled &= is_settled(&mut self.netlink, index)?;
+                // If the peer is in a third namespace, this looks at some other link or none: no harm.
+                settled &= peer.map_or(Ok(true), |peer| is_settled(&mut self.host, peer))?;
+            }
+            if settled || Instant::now() > deadline {
+                return Ok(());
+            }
+            std::thread::sleep(SETTLE_INTERVAL);
+        }
     }
 
     /// Tells the neighbours on every Ethernet link that the addresses are here, by gratuitous ARP and unsolicited
-    /// neighbour advertisements. They are lost if sent before the network behind the link is ready: send them again.
+    /// neighbour advertisements.
     pub fn announce(&self) -> Result<(), LinkError> {
         let mut result = Ok(());
         for Address { link: index, address, .. } in &self.snapshot.addresses {

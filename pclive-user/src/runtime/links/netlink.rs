@@ -50,6 +50,29 @@ impl Netlink {
         Ok(Self { socket, sequence: 0 })
     }
 
+    /// One object; `None` if there is no such device.
+    pub fn get(
+        &mut self,
+        what: &'static str,
+        message: RouteNetlinkMessage,
+    ) -> Result<Option<RouteNetlinkMessage>, LinkError> {
+        let sequence = self.next_sequence();
+        self.socket.send(&serialize(message, NLM_F_REQUEST, sequence), 0).map_err(failed(what))?;
+        loop {
+            for message in self.receive(what)? {
+                match message.payload {
+                    _ if message.header.sequence_number != sequence => (),
+                    NetlinkPayload::InnerMessage(object) => return Ok(Some(object)),
+                    NetlinkPayload::Error(error) if error.raw_code() == -(Errno::ENODEV as i32) => {
+                        return Ok(None);
+                    }
+                    NetlinkPayload::Error(error) => return Err(failed(what)(error.to_io())),
+                    _ => (),
+                }
+            }
+        }
+    }
+
     /// Every object of a kind.
     pub fn dump(
         &mut self,

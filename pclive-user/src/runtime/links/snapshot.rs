@@ -28,6 +28,8 @@ pub(super) struct Link {
     pub up: bool,
     /// Its address, if it is Ethernet and resolves addresses.
     pub mac: Option<Mac>,
+    /// Index of the link that it is bound to in another namespace, usually the host's: a veth's peer.
+    pub peer: Option<u32>,
 }
 
 impl Link {
@@ -44,6 +46,20 @@ impl Link {
             accepted: &[],
         }
     }
+}
+
+/// Whether the kernel has drawn every consequence from the link's having a carrier: if not, it drops what is sent
+/// through it, and its bridge does. A link without a carrier has none to draw.
+///
+/// Asking for a single link, unlike listing them, also makes the kernel draw them (`rtnl_getlink` in
+/// net/core/rtnetlink.c, Linux 6.8).
+pub(super) fn is_settled(netlink: &mut Netlink, index: u32) -> Result<bool, LinkError> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    let answer = netlink.get("look at a link", RouteNetlinkMessage::GetLink(message))?;
+    let Some(RouteNetlinkMessage::NewLink(link)) = answer else { return Ok(true) };
+    let flags = link.header.flags;
+    Ok(flags.contains(LinkFlags::Running) || !flags.contains(LinkFlags::LowerUp))
 }
 
 /// Links, addresses and routes of a namespace.
@@ -112,15 +128,23 @@ fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     }
     let resolves =
         message.header.link_layer_type == LinkLayerType::Ether && !flags.contains(LinkFlags::Noarp);
-    let (mut name, mut mac) = (String::new(), None);
+    let (mut name, mut mac, mut bound_to, mut is_elsewhere) = (String::new(), None, None, false);
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name = text,
             LinkAttribute::Address(bytes) if resolves => mac = Mac::try_from(bytes).ok(),
+            LinkAttribute::Link(index) => bound_to = Some(index),
+            LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
             _ => (),
         }
     }
-    Some(Link { index: message.header.index, name, up: flags.contains(LinkFlags::Up), mac })
+    Some(Link {
+        index: message.header.index,
+        name,
+        up: flags.contains(LinkFlags::Up),
+        mac,
+        peer: bound_to.filter(|_| is_elsewhere),
+    })
 }
 
 fn address_of(message: RouteNetlinkMessage) -> Option<Address> {

@@ -5,8 +5,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// A container's namespace and a neighbour's, joined by a veth pair of which each has its end `eth0`.
+/// A container's namespace and a neighbour's, whose links `eth0` are joined by a bridge in their host's namespace.
 struct Lab {
+    host: String,
     container: String,
     neighbour: String,
 }
@@ -15,14 +16,20 @@ impl Lab {
     fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let unique = format!("runtime-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let lab = Self { container: format!("{unique}-c"), neighbour: format!("{unique}-n") };
-        run(&["netns", "add", &lab.container]);
-        run(&["netns", "add", &lab.neighbour]);
-        // Different indices, as in real life: a change of a link whose peer has its own index is noticed a second late
-        // (`linkwatch_urgent_event` in net/core/link_watch.c).
-        let pair = "link add eth0 index 7 type veth peer name eth0 netns";
+        let [host, container, neighbour] = ["h", "c", "n"].map(|role| format!("{unique}-{role}"));
+        let lab = Self { host, container, neighbour };
+        for name in [&lab.host, &lab.container, &lab.neighbour] {
+            run(&["netns", "add", name]);
+        }
+        ip(&lab.host, "link add br0 type bridge");
+        ip(&lab.host, "link set br0 up");
+        for (port, name) in [("container", &lab.container), ("neighbour", &lab.neighbour)] {
+            // Different indices, as in real life: a change of a link whose peer has its own index is noticed a second
+            // late (`linkwatch_urgent_event` in net/core/link_watch.c).
+            ip(&lab.host, &format!("link add {port} type veth peer name eth0 index 77 netns {name}"));
+            ip(&lab.host, &format!("link set {port} up master br0"));
+        }
         lab.inside("link set lo up");
-        lab.inside(&format!("{pair} {}", lab.neighbour));
         lab.outside("address add 192.0.2.1/24 dev eth0");
         lab.outside("address add 2001:db8::1/64 dev eth0 nodad");
         lab.outside("link set eth0 up");
@@ -73,7 +80,13 @@ impl Lab {
     }
 
     fn netns(&self) -> OwnedFd {
-        File::open(format!("/run/netns/{}", self.container)).unwrap().into()
+        open_netns(&self.container)
+    }
+
+    /// The container's links, as its host opens them.
+    fn links(&self) -> Links {
+        let netns = self.netns();
+        run_in_netns(open_netns(&self.host).as_fd(), || Links::open(netns.as_fd())).unwrap().unwrap()
     }
 
     fn inside(&self, command: &str) -> String {
@@ -104,7 +117,7 @@ impl Lab {
 
     /// Whether the neighbour's attempt to connect to `address` is answered, by a refusal, before it is repeated.
     fn answers(&self, address: &str) -> bool {
-        let neighbour = File::open(format!("/run/netns/{}", self.neighbour)).unwrap();
+        let neighbour = open_netns(&self.neighbour);
         let address = (address.parse::<std::net::IpAddr>().unwrap(), 9).into();
         // TCP repeats a lost SYN after a second.
         let attempt = || std::net::TcpStream::connect_timeout(&address, Duration::from_millis(900));
@@ -115,10 +128,14 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        for name in [&self.container, &self.neighbour] {
+        for name in [&self.container, &self.neighbour, &self.host] {
             run(&["netns", "del", name]);
         }
     }
+}
+
+fn open_netns(name: &str) -> OwnedFd {
+    File::open(format!("/run/netns/{name}")).unwrap().into()
 }
 
 fn ip(netns: &str, command: &str) -> String {
@@ -137,7 +154,7 @@ fn run(line: &[&str]) -> String {
 fn a_container_that_stays_has_everything_again() {
     let lab = Lab::furnished();
     let before = lab.everything();
-    let mut links = Links::open(lab.netns().as_fd()).unwrap();
+    let mut links = lab.links();
     assert_eq!(lab.everything(), before);
     links.take_down().unwrap();
     links.take_down().unwrap();
@@ -150,7 +167,7 @@ fn a_container_that_stays_has_everything_again() {
     assert_eq!(lab.everything(), before);
 
     // And a second time, with the same outcome.
-    let mut links = Links::open(lab.netns().as_fd()).unwrap();
+    let mut links = lab.links();
     links.take_down().unwrap();
     links.restore().unwrap();
     lab.settle();
@@ -160,7 +177,7 @@ fn a_container_that_stays_has_everything_again() {
 #[test]
 fn addresses_work_the_moment_the_links_are_up() {
     let lab = Lab::furnished();
-    let mut links = Links::open(lab.netns().as_fd()).unwrap();
+    let mut links = lab.links();
     assert!(lab.answers("192.0.2.7") && lab.answers("2001:db8::7"));
     links.take_down().unwrap();
     assert!(!lab.answers("192.0.2.7"));
@@ -176,7 +193,7 @@ fn a_link_that_was_prepared_but_down_comes_up_only_if_the_container_does() {
     let lab = Lab::new();
     lab.inside("address add 2001:db8::7/64 dev eth0");
     let before = lab.everything();
-    let mut links = Links::open(lab.netns().as_fd()).unwrap();
+    let mut links = lab.links();
     links.take_down().unwrap();
     links.restore().unwrap();
     assert_eq!(lab.everything(), before);
@@ -196,14 +213,36 @@ fn neighbours_learn_where_the_addresses_are() {
     for address in addresses {
         lab.outside(&format!("neigh replace {address} lladdr 02:00:00:00:ba:ad dev eth0 nud stale"));
     }
-    let mut links = Links::open(lab.netns().as_fd()).unwrap();
+    let mut links = lab.links();
     links.take_down().unwrap();
     links.bring_up().unwrap();
+    links.announce().unwrap();
     let deadline = Instant::now() + Duration::from_secs(2);
-    // A neighbour whose link is not ready yet loses the first ones.
     while addresses.iter().any(|address| lab.outside(&format!("neigh show {address}")).contains("ba:ad")) {
         assert!(Instant::now() < deadline, "{}", lab.outside("neigh"));
-        links.announce().unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn the_first_packet_from_the_container_gets_through_its_hosts_bridge() {
+    let lab = Lab::furnished();
+    let listen = || std::net::TcpListener::bind("192.0.2.1:999").unwrap();
+    let listener = run_in_netns(open_netns(&lab.neighbour).as_fd(), listen).unwrap();
+    let mut links = lab.links();
+    for _ in 0..5 {
+        links.take_down().unwrap();
+        // Until the host has noticed, so that it has something to notice again.
+        while !ip(&lab.host, "link show container").contains("NO-CARRIER") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let connect = || {
+            links.bring_up().unwrap();
+            // TCP repeats a lost SYN after a second.
+            std::net::TcpStream::connect_timeout(&listener.local_addr().unwrap(), Duration::from_millis(900))
+        };
+        run_in_netns(lab.netns().as_fd(), connect).unwrap().unwrap();
+        listener.accept().unwrap();
     }
 }
 
@@ -225,7 +264,7 @@ fn a_route_that_could_not_be_restored_is_named_before_anything_is_touched() {
 #[test]
 fn a_refused_change_is_named_and_the_others_are_made() {
     let lab = Lab::furnished();
-    let mut links = Links::open(lab.netns().as_fd()).unwrap();
+    let mut links = lab.links();
     links.take_down().unwrap();
     lab.inside("address del 192.0.2.8/24 dev eth0");
     let error = links.restore().unwrap_err();
