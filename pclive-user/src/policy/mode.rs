@@ -6,8 +6,8 @@
 //! | `pclive` | when [`super::convergence`] says so | when a round is complete |
 //! | `pclive-g` | likewise | as they arrive |
 //!
-//! With `--restore-from N` the destination keeps the rounds before N, and applies them when round N begins, or when the
-//! last round does.
+//! With `--restore-from N` the destination keeps the rounds before N, and applies them before or with round N, or with the
+//! last one if that comes first.
 
 use pclive_wire::Round;
 use pclive_wire::control::ApplyMode;
@@ -73,34 +73,25 @@ impl FromStr for Mode {
     }
 }
 
-/// What the destination does with a batch of pages that has just arrived.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Disposition {
-    /// Apply it at once; whatever is still kept has to be applied before.
-    Apply,
-    /// Keep it until all of its round is there, then apply all that is kept, oldest first.
-    UntilRoundEnd,
-    /// Keep it beyond its round.
-    Keep,
+/// Whether the destination applies pages of `round` as they arrive; else they join its backlog.
+pub fn applies_on_arrival(apply: ApplyMode, restore_from: Round, round: Round) -> bool {
+    apply == ApplyMode::OnArrival && round >= restore_from
 }
 
-/// What to do with the pages of `round`, which is the `last` one or not. Known once the round's manifest is.
-pub fn disposition(apply: ApplyMode, restore_from: Round, round: Round, last: bool) -> Disposition {
+/// Whether the destination applies its backlog, oldest pages first, now that all of `ended` has arrived. `last` says that
+/// no pages will follow.
+pub fn backlog_is_due(apply: ApplyMode, restore_from: Round, ended: Round, last: bool) -> bool {
     match apply {
-        // Everything that has not been applied has to be now.
-        ApplyMode::OnArrival if last => Disposition::Apply,
-        ApplyMode::AtRoundEnd | ApplyMode::AtFreeze if last => Disposition::UntilRoundEnd,
-        _ if round < restore_from => Disposition::Keep,
-        ApplyMode::OnArrival => Disposition::Apply,
-        ApplyMode::AtRoundEnd => Disposition::UntilRoundEnd,
-        ApplyMode::AtFreeze => Disposition::Keep,
+        ApplyMode::AtFreeze => last,
+        // Pages of the next round may be applied, so everything older has to be there before.
+        ApplyMode::OnArrival => last || ended.0 + 1 >= restore_from.0,
+        ApplyMode::AtRoundEnd => last || ended >= restore_from,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Disposition::{Apply, Keep, UntilRoundEnd};
 
     #[test]
     fn names_are_read_as_they_are_written() {
@@ -110,22 +101,45 @@ mod tests {
         assert!("fast".parse::<Mode>().is_err());
     }
 
+    /// Each round: `A` its pages are applied as they arrive, `-` they wait, `b` they wait and the backlog is applied at its
+    /// end.
     #[test]
     fn what_becomes_of_the_pages_of_each_round() {
         // Rounds 0, 1, 2 and 3, of which 3 is the last.
         for (mode, restore_from, expected) in [
-            (Mode::PcliveG, 0, [Apply, Apply, Apply, Apply]),
-            (Mode::PcliveG, 2, [Keep, Keep, Apply, Apply]),
-            (Mode::PcliveG, 9, [Keep, Keep, Keep, Apply]),
-            (Mode::Pclive, 0, [UntilRoundEnd, UntilRoundEnd, UntilRoundEnd, UntilRoundEnd]),
-            (Mode::Pclive, 1, [Keep, UntilRoundEnd, UntilRoundEnd, UntilRoundEnd]),
-            (Mode::Pclive, 9, [Keep, Keep, Keep, UntilRoundEnd]),
-            (Mode::OneShot, 0, [Keep, Keep, Keep, UntilRoundEnd]),
-            (Mode::OneShot, 2, [Keep, Keep, Keep, UntilRoundEnd]),
+            (Mode::PcliveG, 0, "AAAA"),
+            (Mode::PcliveG, 1, "bAAA"),
+            (Mode::PcliveG, 2, "-bAA"),
+            (Mode::PcliveG, 9, "---b"),
+            (Mode::Pclive, 0, "bbbb"),
+            (Mode::Pclive, 2, "--bb"),
+            (Mode::Pclive, 9, "---b"),
+            (Mode::OneShot, 0, "---b"),
+            (Mode::OneShot, 2, "---b"),
         ] {
-            let rounds = [0, 1, 2, 3];
-            let got = rounds.map(|r| disposition(mode.apply_mode(), Round(restore_from), Round(r), r == 3));
-            assert_eq!(got, expected, "{mode} from {restore_from}");
+            let (apply, restore_from) = (mode.apply_mode(), Round(restore_from));
+            let fate = |round: u32| {
+                let on_arrival = applies_on_arrival(apply, restore_from, Round(round));
+                match (on_arrival, backlog_is_due(apply, restore_from, Round(round), round == 3)) {
+                    (false, false) => '-',
+                    (false, true) => 'b',
+                    (true, false) => '!',
+                    (true, true) => 'A',
+                }
+            };
+            assert_eq!((0..4).map(fate).collect::<String>(), expected, "{mode} from {restore_from}");
+        }
+    }
+
+    #[test]
+    fn nothing_waits_when_newer_pages_are_applied() {
+        for mode in Mode::ALL {
+            for (restore_from, round) in (0..9).flat_map(|n| (1..9).map(move |r| (Round(n), r))) {
+                let apply = mode.apply_mode();
+                let older_done = backlog_is_due(apply, restore_from, Round(round - 1), false);
+                let newer = applies_on_arrival(apply, restore_from, Round(round));
+                assert!(older_done || !newer, "{mode} from {restore_from} in round {round}");
+            }
         }
     }
 }
