@@ -1,13 +1,11 @@
 //! When to freeze.
 //!
-//! The pages that are dirty at the freeze are sent during the blackout:
+//! After each round it is known how many pages have been written meanwhile, and how fast pages go. Freezing now would
+//! send these pages during the blackout:
 //!
 //! ```text
-//!   predicted blackout = fixed cost + dirty pages / bandwidth
+//!   predicted blackout = fixed cost + pages to send / bandwidth
 //! ```
-//!
-//! How many that will be is estimated by how many were dirty when the last round began: no fewer, because rounds get
-//! shorter, and a shorter round dirties fewer pages.
 //!
 //! Another round is worth its traffic only if it makes this smaller. Writes to a working set that is rewritten faster
 //! than it can be sent do not get fewer; then waiting costs the network and the clients, and gains nothing.
@@ -47,7 +45,7 @@ pub enum FreezeReason {
     RoundLimit,
 }
 
-/// How long the blackout would be if the container were frozen with `pages` dirty; `None` while nothing is known
+/// How long the blackout would be if the container were frozen with `pages` left to send; `None` while nothing is known
 /// of the bandwidth.
 pub fn predicted_blackout(pages: u64, bandwidth: &Bandwidth, limits: &Limits) -> Option<Duration> {
     let sending = bandwidth.time_for(pages.saturating_mul(PAGE_SIZE))?;
@@ -56,30 +54,30 @@ pub fn predicted_blackout(pages: u64, bandwidth: &Bandwidth, limits: &Limits) ->
 
 /// How many rounds in a row may fail to get ahead.
 const PATIENCE: usize = 2;
-/// A round gets ahead if it has at most this part of the fewest pages that a round has had before.
+/// A round gets ahead if it leaves at most this part of the fewest pages left before.
 const AHEAD: f64 = 0.9;
 
-/// Decides after a round. `dirty` has the pages that each round so far had to send, oldest first; of the first one these
-/// are all.
-pub fn decide(dirty: &[u64], bandwidth: &Bandwidth, limits: &Limits) -> Decision {
-    if dirty.len() >= limits.max_rounds as usize {
+/// Decides after a round. `left` has the pages left to send after each round so far, oldest first: those written during
+/// the round, and those held back ([`super::hot`]).
+pub fn decide(left: &[u64], bandwidth: &Bandwidth, limits: &Limits) -> Decision {
+    if left.len() >= limits.max_rounds as usize {
         return Decision::Freeze(FreezeReason::RoundLimit);
     }
-    let Some(&pages) = dirty.last() else { return Decision::Round };
+    let Some(&pages) = left.last() else { return Decision::Round };
     if predicted_blackout(pages, bandwidth, limits).is_some_and(|blackout| blackout <= limits.max_blackout) {
         return Decision::Freeze(FreezeReason::ShortEnough);
     }
-    if rounds_without_progress(dirty) >= PATIENCE {
+    if rounds_without_progress(left) >= PATIENCE {
         return Decision::Freeze(FreezeReason::NoProgress);
     }
     Decision::Round
 }
 
 /// How many rounds there have been since the last one that got ahead. The first round got ahead of nothing.
-fn rounds_without_progress(dirty: &[u64]) -> usize {
+fn rounds_without_progress(left: &[u64]) -> usize {
     let mut fewest = u64::MAX;
     let mut stalled = 0;
-    for &pages in dirty {
+    for &pages in left {
         stalled = if pages as f64 <= fewest as f64 * AHEAD { 0 } else { stalled + 1 };
         fewest = fewest.min(pages);
     }
@@ -115,7 +113,7 @@ mod tests {
 
     #[test]
     fn the_time_to_freeze() {
-        for (dirty, max_blackout, max_rounds, expected) in [
+        for (left, max_blackout, max_rounds, expected) in [
             // Frozen at once: one-shot.
             (&[][..], 60, 0, Freeze(RoundLimit)),
             (&[], 60, 10, Round),
@@ -136,7 +134,7 @@ mod tests {
             (&[9000, 8000, 7000], 60, 3, Freeze(RoundLimit)),
             (&[0], 20, 10, Freeze(ShortEnough)),
         ] {
-            assert_eq!(decide(dirty, &gigabit(), &limits(max_blackout, max_rounds)), expected, "{dirty:?}");
+            assert_eq!(decide(left, &gigabit(), &limits(max_blackout, max_rounds)), expected, "{left:?}");
         }
     }
 
