@@ -1,6 +1,12 @@
 //! A child process, this test binary again, works in a cgroup of its own, and every step of it must be seen.
 
 use super::*;
+use crate::{
+    capture::{SourceProcess, vmas::VmaReader},
+    track::attach::TrackedProcess,
+};
+use pclive_sys::pidfd::pidfd_open;
+use pclive_wire::NsPid;
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Write},
@@ -137,12 +143,21 @@ fn buffer_at(start: u64) -> PageRange {
     PageRange::new(VirtAddr(start), PAGES)
 }
 
+fn is_in(buffer: &PageRange, write: &PageWrite) -> bool {
+    buffer.start <= write.page && write.page < buffer.end()
+}
+
 /// Different pages of the buffer that were written.
 fn written(drained: &Drained, pid: HostPid, buffer: &PageRange) -> u64 {
-    let inside =
-        |write: &&PageWrite| write.pid == pid && buffer.start <= write.page && write.page < buffer.end();
-    let pages: BTreeSet<_> = drained.writes.iter().filter(inside).map(|w| w.page).collect();
-    pages.len() as u64
+    let inside = drained.writes.iter().filter(|write| write.pid == pid && is_in(buffer, write));
+    inside.map(|write| write.page).collect::<BTreeSet<_>>().len() as u64
+}
+
+/// A process as tracking wants it: it is no container's.
+fn source_process(pid: HostPid) -> SourceProcess {
+    let number = NsPid(pid.0);
+    let pidfd = pidfd_open(pid).unwrap();
+    SourceProcess { pid, ns_pid: number, parent: HostPid(0), pgid: number, sid: number, pidfd }
 }
 
 #[test]
@@ -159,6 +174,31 @@ fn every_first_write_is_seen_also_from_a_cgroup_below() {
         // Nothing of it is seen twice, and pages that are mapped and not protected raise no more faults.
         worker.tell("write");
         assert_eq!(written(&observer.drain().unwrap(), worker.pid(), &buffer), 0);
+    }
+}
+
+#[test]
+fn every_write_to_a_protected_page_is_seen_once_until_it_is_protected_again() {
+    for source in sources() {
+        let cgroup = TestCgroup::new();
+        let mut worker = Worker::start(&cgroup.path);
+        let buffer = buffer_at(worker.tell("write"));
+        let mut observer = cgroup.observe(source, RingSizes::default()).unwrap();
+        let process = source_process(worker.pid());
+        let mut vmas = VmaReader::new(process.pid);
+        let layout = vmas.read().unwrap();
+        let mut tracked = TrackedProcess::attach(&process, layout).unwrap();
+        tracked.begin_round(layout).unwrap();
+        for _ in 0..3 {
+            observer.drain().unwrap();
+            worker.tell("write");
+            worker.tell("write");
+            let drained = observer.drain().unwrap();
+            let events = drained.writes.iter().filter(|write| is_in(&buffer, write)).count() as u64;
+            assert_eq!((events, written(&drained, process.pid, &buffer)), (PAGES, PAGES), "{source:?}");
+            let dirty = tracked.begin_round(layout).unwrap();
+            assert_eq!(dirty.intersection(&[buffer].into_iter().collect()).pages(), PAGES);
+        }
     }
 }
 
