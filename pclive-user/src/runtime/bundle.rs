@@ -188,8 +188,9 @@ impl Bundle {
 fn unsuitable(config: &Value) -> Option<&'static str> {
     let namespaces = config["linux"]["namespaces"].as_array().map(Vec::as_slice).unwrap_or_default();
     let namespace = |kind: &str| namespaces.iter().find(|namespace| namespace["type"] == kind);
-    let is_new =
-        |kind| namespace(kind).is_some_and(|namespace| namespace["path"].as_str().unwrap_or("") == "");
+    let is_new = |kind| {
+        namespace(kind).is_some_and(|namespace| namespace["path"].as_str().unwrap_or_default().is_empty())
+    };
     if !config["root"]["path"].is_string() {
         Some("root.path is missing: it must lead to the container's root file system")
     } else if !config["process"].is_object() {

@@ -96,14 +96,14 @@ fn wait_for_exec(bundle: &Bundle, pid: HostPid, program: BorrowedFd<'_>) -> Resu
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Lab, init_that, own_status};
+    use super::super::testing::{EXIT, Lab, PAUSE, init_that, status_field};
     use super::super::{Cgroup, Runtime, RuntimeError, Status};
     use super::*;
     use nix::sys::signal::Signal;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     /// A bundle that confines its program in every way.
-    fn confine(config: &mut serde_json::Value) {
+    fn confine(config: &mut Value) {
         config["process"]["user"] = json!({ "uid": 1234, "gid": 5678, "umask": 0o77 });
         config["process"]["env"] = json!(["PATH=/usr/bin", "COLOUR=green"]);
         config["process"]["cwd"] = json!("/usr");
@@ -125,10 +125,10 @@ mod tests {
         let lab = Lab::new("exec");
         lab.edit_config(confine);
         let before = std::fs::read(lab.bundle_path().join("config.json")).unwrap();
-        let sandbox = lab.create(&init_that(b"\x6a\x22\x58\x0f\x05")).unwrap();
+        let sandbox = lab.create(&init_that(PAUSE)).unwrap();
 
-        let init = |field| own_status(sandbox.init, field);
-        let own = |field| own_status(HostPid(std::process::id() as i32), field);
+        let init = |field| status_field(sandbox.init, field);
+        let own = |field| status_field(HostPid(std::process::id() as i32), field);
         for field in ["CapEff", "CapPrm", "CapBnd"] {
             assert_eq!(init(field), own(field), "{field}");
         }
@@ -158,10 +158,10 @@ mod tests {
 
     #[test]
     fn the_record_is_what_the_runtime_itself_writes_for_the_bundle() {
-        for (name, edit) in [("plain", (|_| ()) as fn(&mut serde_json::Value)), ("confined", confine)] {
+        for (name, edit) in [("plain", (|_| ()) as fn(&mut Value)), ("confined", confine)] {
             let lab = Lab::new(name);
             lab.edit_config(edit);
-            lab.create(&init_that(b"\x6a\x22\x58\x0f\x05")).unwrap();
+            lab.create(&init_that(PAUSE)).unwrap();
             let corrected = lab.recorded_configuration();
             lab.runtime.delete(&lab.id).unwrap();
             lab.create_unmodified();
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn the_runtime_goes_on_owning_the_container() {
         let lab = Lab::new("own");
-        let sandbox = lab.create(&init_that(b"\x6a\x22\x58\x0f\x05")).unwrap();
+        let sandbox = lab.create(&init_that(PAUSE)).unwrap();
         let state = lab.runtime.state(&lab.id).unwrap();
         assert_eq!((state.status, state.init), (Status::Running, Some(sandbox.init)));
         assert_eq!((state.bundle, state.rootfs), (lab.bundle_path(), lab.bundle_path().join("rootfs")));
@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(cgroup.processes().unwrap(), [sandbox.init]);
 
         // A second migration into the same name leaves the first one alone.
-        let error = lab.create(&init_that(b"\x0f\x05")).unwrap_err();
+        let error = lab.create(&init_that(PAUSE)).unwrap_err();
         assert!(matches!(error, RuntimeError::Exists { status: Status::Running, .. }), "{error}");
         assert_eq!(lab.runtime.state(&lab.id).unwrap().init, Some(sandbox.init));
 
@@ -199,19 +199,15 @@ mod tests {
 
     #[test]
     fn a_sandbox_that_fails_leaves_nothing() {
-        let cases: [(&str, &dyn Fn(&mut serde_json::Value), &[u8]); 4] = [
-            // exit(0)
-            ("init", &|_| (), b"\x6a\x3c\x58\x31\xff\x0f\x05"),
-            (
-                "hook",
-                &|config| config["hooks"]["poststart"] = json!([{ "path": "/bin/false" }]),
-                b"\x6a\x22\x58\x0f\x05",
-            ),
-            ("mount", &|config| config["mounts"][0]["type"] = json!("nonsense"), b""),
+        type Edit = fn(&mut Value);
+        let cases: [(&str, Edit, &[u8]); 4] = [
+            ("init", |_| (), EXIT),
+            ("hook", |config| config["hooks"]["poststart"] = json!([{ "path": "/bin/false" }]), PAUSE),
+            ("mount", |config| config["mounts"][0]["type"] = json!("nonsense"), PAUSE),
             (
                 "seccomp",
-                &|config| config["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_DANCE" }),
-                b"\x6a\x22\x58\x0f\x05",
+                |config| config["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_DANCE" }),
+                PAUSE,
             ),
         ];
         for (name, edit, code) in cases {
@@ -233,7 +229,7 @@ mod tests {
     fn the_init_gets_the_given_descriptors() {
         use std::os::fd::AsRawFd;
         let lab = Lab::new("stdio");
-        let sandbox = lab.create(&init_that(b"\x6a\x22\x58\x0f\x05")).unwrap();
+        let sandbox = lab.create(&init_that(PAUSE)).unwrap();
         let link = |path: String| std::fs::read_link(path).unwrap();
         let theirs = (0..4).map(|fd| link(format!("/proc/{}/fd/{fd}", sandbox.init)));
         let ours = lab.stdio.iter().map(|fd| link(format!("/proc/self/fd/{}", fd.as_raw_fd())));

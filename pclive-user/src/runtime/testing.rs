@@ -131,6 +131,12 @@ fn configuration() -> Value {
     })
 }
 
+/// Machine code of `pause()`: push 34; pop rax; syscall.
+pub const PAUSE: &[u8] = b"\x6a\x22\x58\x0f\x05";
+
+/// Machine code of `exit(0)`: push 60; pop rax; xor edi, edi; syscall.
+pub const EXIT: &[u8] = b"\x6a\x3c\x58\x31\xff\x0f\x05";
+
 /// A static program that runs the given machine code again and again.
 pub fn init_that(code: &[u8]) -> File {
     const BASE: u64 = 0x40_0000;
@@ -156,7 +162,7 @@ pub fn init_that(code: &[u8]) -> File {
 }
 
 /// A field of `/proc/PID/status`.
-pub fn own_status(pid: HostPid, field: &str) -> String {
+pub fn status_field(pid: HostPid, field: &str) -> String {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(":\t"));
     value.unwrap().to_owned()
