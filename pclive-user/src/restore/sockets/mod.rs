@@ -3,7 +3,7 @@
 //! # A connection without a handshake, on a link that is down
 //!
 //! A socket in repair mode connects without sending anything, but `connect(2)` still wants a route and a local address.
-//! With the links down there is neither, so [`route`] lends it a route through loopback, and `IP_TRANSPARENT` an address.
+//! With the links down there is neither, so `route` lends it a route through loopback, and `IP_TRANSPARENT` an address.
 //! When the links are up the kernel finds out by itself that the route is gone, and looks again.
 //!
 //! # Everything is sent again at once
@@ -21,13 +21,15 @@
 //! And it starts one byte earlier than that, at a byte that the peer has acknowledged: every connection, even an idle
 //! one, sends at least this byte, as a keep-alive probe would. The peer drops it and answers at once, which gives the
 //! connection a round-trip time, and both sides the other's window and position, whatever was lost on the way.
+//! [`LiveConnections::attend`] repeats it for those that get no answer.
 //!
 //! # FINs
 //!
 //! A FIN that was received comes again as a packet that pclive itself sends to the socket through loopback
-//! ([`inject`]); one that was sent is sent again by `shutdown(2)`, after the data.
+//! (`inject`); one that was sent is sent again by `shutdown(2)`, after the data.
 
 mod inject;
+mod live;
 mod route;
 mod tcp;
 #[cfg(test)]
@@ -36,6 +38,7 @@ mod unix;
 
 use crate::capture::sockets::options::{self, Family, Known, When};
 use inject::Injector;
+pub use live::LiveConnections;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
@@ -107,7 +110,7 @@ impl Name<'_> {
 #[derive(Debug)]
 pub struct RestoredSockets {
     sockets: HashMap<DescriptionId, OwnedFd>,
-    connections: Vec<(DescriptionId, tcp::Waiting)>,
+    connections: Vec<(DescriptionId, live::Waiting)>,
     injector: Option<Injector>,
 }
 
@@ -157,12 +160,9 @@ impl RestoredSockets {
         if connections.is_empty() {
             return Ok(());
         }
-        if connections.iter().any(|(.., connection)| connection.fin_received) {
-            self.injector = Some(
-                Injector::open()
-                    .map_err(|source| RestoreError::Network { call: "socket SOCK_RAW", source })?,
-            );
-        }
+        let injector = Injector::open();
+        self.injector =
+            Some(injector.map_err(|source| RestoreError::Network { call: "socket SOCK_RAW", source })?);
         // Those that take the same route one after another, so that it seldom changes.
         connections.sort_by_key(|(_, _, connection)| route::Metrics::of(connection));
         let mut routes = route::Borrowed::new()?;
@@ -181,17 +181,23 @@ impl RestoredSockets {
 
     /// Lets the connections run: takes them out of repair mode and sends what waits.
     ///
-    /// To be called after the commit, when the links are up and announced, and before the container's processes run.
-    /// There is no way back, so a connection that fails does not stop the others: the failures are returned.
-    pub fn go_live(self) -> Vec<RestoreError> {
+    /// To be called after the commit, when the links are up and announced, and before the container's processes run and
+    /// packets that were held are let through: a segment that comes earlier acknowledges bytes that this side has not
+    /// sent yet, and is dropped. There is no way back, so a connection that fails does not stop the others.
+    ///
+    /// Returns the connections, to be [attended](LiveConnections::attend), and the failures.
+    pub fn go_live(mut self) -> (LiveConnections, Vec<RestoreError>) {
         let mut failed = Vec::new();
-        for (id, waiting) in &self.connections {
-            failed.extend(self.get(*id).and_then(|fd| waiting.resend(fd, self.injector.as_ref()).err()));
+        let mut connections = Vec::new();
+        for (id, waiting) in self.connections {
+            let Some(fd) = self.sockets.remove(&id) else { continue };
+            if let Some(injector) = &self.injector {
+                failed.extend(waiting.resend(fd.as_fd(), injector).err());
+            }
+            connections.push((fd, waiting));
         }
-        for (id, waiting) in &self.connections {
-            failed.extend(self.get(*id).and_then(|fd| waiting.settle(fd).err()));
-        }
-        failed
+        failed.extend(connections.iter().filter_map(|(fd, waiting)| waiting.settle(fd.as_fd()).err()));
+        (LiveConnections { connections, injector: self.injector }, failed)
     }
 }
 

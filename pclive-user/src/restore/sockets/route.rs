@@ -131,7 +131,10 @@ impl Borrowed {
     fn remove(&mut self) -> Result<(), RestoreError> {
         let mut result = Ok(());
         for metrics in [self.ipv4.take(), self.ipv6.take()].into_iter().flatten() {
-            let request = bytes(&metrics.message());
+            // Without the metrics: the kernel rounds them, and would compare.
+            let mut message = metrics.message();
+            message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Metrics(_)));
+            let request = bytes(&message);
             let removed = self.netlink.request(RTM_DELROUTE, 0, &request);
             result =
                 result.and(removed.map_err(|source| RestoreError::Network { call: "RTM_DELROUTE", source }));

@@ -1,22 +1,19 @@
 //! TCP sockets: listeners, closed ones, and connections.
 
-use super::inject::{Fin, Injector};
+use super::live::{PROBE, Waiting, no_delay};
 use super::route::{self, Metrics};
 use super::{Buffers, Defaults, Name, RestoreError, new_socket, set_options};
-use crate::capture::sockets::options::{Family, Known, When, find_int};
+use crate::capture::sockets::options::{Family, When, find_int};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, Shutdown, SockType, SockaddrStorage, bind, connect as connect_call,
-    listen, send, shutdown,
+    AddressFamily, Backlog, Shutdown, SockType, SockaddrStorage, bind, connect as connect_call, listen,
+    shutdown,
 };
 use pclive_sys::sockopt;
 use pclive_sys::tcp::{Negotiated, Queue, Repair, RepairWindow};
 use pclive_wire::manifest::{TcpConnection, TcpSocket, TcpState};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-
-/// Sent first on every connection; its number is one that the peer has acknowledged, so nobody ever reads it.
-const PROBE: u8 = 0;
 
 fn family(socket: &TcpSocket) -> (AddressFamily, Family) {
     if socket.ipv6 { (AddressFamily::Inet6, Family::Tcp6) } else { (AddressFamily::Inet, Family::Tcp4) }
@@ -81,22 +78,6 @@ impl<'a> Transparent<'a> {
     }
 }
 
-/// What is left to do for a connection when it goes live.
-#[derive(Debug)]
-pub(super) struct Waiting {
-    label: String,
-    /// The probe byte, and what the source had sent.
-    sent: Vec<u8>,
-    /// What it had not.
-    unsent: Vec<u8>,
-    buffers: Buffers,
-    no_delay: bool,
-    options: Vec<(&'static Known, Vec<u8>)>,
-    fin: Option<Fin>,
-    shut_write: bool,
-    shut_read: bool,
-}
-
 /// Makes a connection, which stays in repair mode.
 pub(super) fn connect(
     socket: &TcpSocket,
@@ -136,6 +117,8 @@ pub(super) fn connect(
 
     let (sent, unsent) =
         connection.send_queue.split_at(connection.send_queue.len() - connection.unsent as usize);
+    let scale = connection.window_scale.unwrap_or_default();
+    let window = window(connection);
     let live = options.into_iter().filter(|(known, _)| known.when == When::Live);
     let waiting = Waiting {
         sent: [&[PROBE][..], sent].concat(),
@@ -143,7 +126,14 @@ pub(super) fn connect(
         buffers,
         no_delay: find_int(&socket.options, libc::IPPROTO_TCP, libc::TCP_NODELAY).unwrap_or(0) != 0,
         options: live.map(|(known, value)| (known, value.to_vec())).collect(),
-        fin: connection.fin_received.then(|| fin(local, connection)),
+        local,
+        remote: connection.remote,
+        first_sequence: first_sequence(connection),
+        receive_sequence: connection.receive_sequence,
+        peer_window: scaled(window.snd_wnd, scale.0),
+        own_window: scaled(window.rcv_wnd, scale.1),
+        segment_size: segment_size(connection),
+        fin_received: connection.fin_received,
         shut_write: connection.fin_sent,
         shut_read: connection.read_shutdown,
         label,
@@ -223,81 +213,15 @@ fn window(connection: &TcpConnection) -> RepairWindow {
     }
 }
 
-/// The peer's FIN, as it would come now.
-fn fin(local: SocketAddr, connection: &TcpConnection) -> Fin {
-    let scale = connection.window_scale.map_or(0, |(send, _)| send.min(14));
-    // Rounded up: the window that the kernel takes from it must not become smaller.
-    let scaled = (u64::from(window(connection).snd_wnd) + (1 << scale) - 1) >> scale;
-    Fin {
-        from: connection.remote,
-        to: local,
-        sequence: connection.receive_sequence,
-        acknowledgement: first_sequence(connection),
-        window: scaled.min(u64::from(u16::MAX)) as u16,
-    }
+/// A window as a header has it. Rounded up: the one that the kernel takes from it must not become smaller.
+fn scaled(window: u32, scale: u8) -> u16 {
+    let scale = scale.min(14);
+    let scaled = (u64::from(window) + (1 << scale) - 1) >> scale;
+    scaled.min(u64::from(u16::MAX)) as u16
 }
 
-fn no_delay(fd: BorrowedFd<'_>, on: bool) -> nix::Result<()> {
-    sockopt::set_int(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, on.into())
-}
-
-impl Waiting {
-    /// First half of going live: out of repair mode, and what the source had sent goes out again.
-    pub(super) fn resend(&self, fd: BorrowedFd<'_>, injector: Option<&Injector>) -> Result<(), RestoreError> {
-        let name = Name(&self.label);
-        if let (Some(fin), Some(injector)) = (self.fin, injector) {
-            name.call("send a FIN", injector.inject(fin))?;
-        }
-        name.call("TCP_REPAIR off", Repair::resume(fd, false).leave())?;
-        send_all(fd, &self.sent, &name)
-    }
-
-    /// Second half: what the source had not sent, and everything that may change how bytes are sent.
-    ///
-    /// The last segment of the first half ends where the source's last one ended, and what follows may not become part
-    /// of it: the peer's window may end there too, and then the kernel would not send the longer segment at all.
-    pub(super) fn settle(&self, fd: BorrowedFd<'_>) -> Result<(), RestoreError> {
-        let name = Name(&self.label);
-        if !self.unsent.is_empty() {
-            wait_until_sent(fd, &name)?;
-            send_all(fd, &self.unsent, &name)?;
-        }
-        if self.shut_write {
-            name.call("shutdown", shutdown(fd.as_raw_fd(), Shutdown::Write))?;
-        }
-        if self.shut_read {
-            name.call("shutdown", shutdown(fd.as_raw_fd(), Shutdown::Read))?;
-        }
-        self.buffers.settle(fd, &name)?;
-        if !self.no_delay {
-            name.call("TCP_NODELAY", no_delay(fd, false))?;
-        }
-        for (known, value) in &self.options {
-            name.call(known.label, sockopt::set(fd, known.level, known.name, value))?;
-        }
-        Ok(())
-    }
-}
-
-fn send_all(fd: BorrowedFd<'_>, bytes: &[u8], name: &Name<'_>) -> Result<(), RestoreError> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let sent = name.call("send", send(fd.as_raw_fd(), rest, flags))?;
-        rest = &rest[sent..];
-    }
-    Ok(())
-}
-
-/// Neither window holds back what the source had sent; only pacing and the link's queue can, for a moment.
-fn wait_until_sent(fd: BorrowedFd<'_>, name: &Name<'_>) -> Result<(), RestoreError> {
-    const ATTEMPTS: u32 = 200;
-    const PAUSE: std::time::Duration = std::time::Duration::from_micros(50);
-    for _ in 0..ATTEMPTS {
-        if name.call("SIOCOUTQNSD", sockopt::unsent_bytes(fd))? == 0 {
-            break;
-        }
-        std::thread::sleep(PAUSE);
-    }
-    Ok(())
+/// Bytes that certainly fit into one segment with all headers and options.
+fn segment_size(connection: &TcpConnection) -> usize {
+    const HEADERS: u32 = 100;
+    connection.mss.min(connection.path_mtu).saturating_sub(HEADERS) as usize
 }

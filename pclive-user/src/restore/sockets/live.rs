@@ -1,0 +1,183 @@
+//! From a connection that stands in repair mode to one that runs.
+
+use super::inject::{ACK, FIN, Injector, PUSH, Segment};
+use super::{Buffers, Name, RestoreError};
+use crate::capture::sockets::options::Known;
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use pclive_sys::sock_diag::state;
+use pclive_sys::sockopt;
+use pclive_sys::tcp::{Repair, TcpInfo};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Sent first on every connection; its number is one that the peer has acknowledged, so nobody ever reads it.
+pub(super) const PROBE: u8 = 0;
+
+/// What is left to do for a connection when it goes live.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) label: String,
+    /// The probe byte, and what the source had sent.
+    pub(super) sent: Vec<u8>,
+    /// What it had not.
+    pub(super) unsent: Vec<u8>,
+    pub(super) buffers: Buffers,
+    pub(super) no_delay: bool,
+    pub(super) options: Vec<(&'static Known, Vec<u8>)>,
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+    /// Number of the probe byte.
+    pub(super) first_sequence: u32,
+    /// Number of the next byte from the peer.
+    pub(super) receive_sequence: u32,
+    /// Windows as in a header: the one that the peer offers, and the one that this side offers.
+    pub(super) peer_window: u16,
+    pub(super) own_window: u16,
+    pub(super) segment_size: usize,
+    pub(super) fin_received: bool,
+    pub(super) shut_write: bool,
+    pub(super) shut_read: bool,
+}
+
+pub(super) fn no_delay(fd: BorrowedFd<'_>, on: bool) -> nix::Result<()> {
+    sockopt::set_int(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, on.into())
+}
+
+impl Waiting {
+    /// First half of going live: out of repair mode, and what the source had sent goes out again.
+    pub(super) fn resend(&self, fd: BorrowedFd<'_>, injector: &Injector) -> Result<(), RestoreError> {
+        let name = Name(&self.label);
+        if self.fin_received {
+            name.call("send a FIN", injector.send(&self.fin()))?;
+        }
+        name.call("TCP_REPAIR off", Repair::resume(fd, false).leave())?;
+        // A segment of its own: its acknowledgement is a measurement even if the data after it was lost.
+        send_all(fd, &[PROBE], &name)?;
+        send_all(fd, &self.sent[1..], &name)
+    }
+
+    /// Second half: what the source had not sent, and everything that may change how bytes are sent.
+    ///
+    /// The last segment of the first half ends where the source's last one ended, and what follows may not become part
+    /// of it: the peer's window may end there too, and then the kernel would not send the longer segment at all.
+    pub(super) fn settle(&self, fd: BorrowedFd<'_>) -> Result<(), RestoreError> {
+        let name = Name(&self.label);
+        if !self.unsent.is_empty() {
+            wait_until_sent(fd, &name)?;
+            send_all(fd, &self.unsent, &name)?;
+        }
+        if self.shut_write {
+            name.call("shutdown", shutdown(fd.as_raw_fd(), Shutdown::Write))?;
+        }
+        if self.shut_read {
+            name.call("shutdown", shutdown(fd.as_raw_fd(), Shutdown::Read))?;
+        }
+        self.buffers.settle(fd, &name)?;
+        if !self.no_delay {
+            name.call("TCP_NODELAY", no_delay(fd, false))?;
+        }
+        for (known, value) in &self.options {
+            name.call(known.label, sockopt::set(fd, known.level, known.name, value))?;
+        }
+        Ok(())
+    }
+
+    /// The peer's FIN, as it would come now.
+    fn fin(&self) -> Segment<'_> {
+        Segment {
+            from: self.remote,
+            to: self.local,
+            sequence: self.receive_sequence,
+            acknowledgement: self.first_sequence,
+            flags: FIN | ACK,
+            window: self.peer_window,
+            timestamp: None,
+            payload: &[],
+        }
+    }
+
+    /// The first segment that the socket has sent, or tried to.
+    fn first_segment(&self, timestamp: Option<u32>) -> Segment<'_> {
+        Segment {
+            from: self.local,
+            to: self.remote,
+            sequence: self.first_sequence,
+            acknowledgement: self.receive_sequence.wrapping_add(self.fin_received.into()),
+            flags: PUSH | ACK,
+            window: self.own_window,
+            timestamp,
+            payload: &self.sent[..self.sent.len().min(self.segment_size.max(1))],
+        }
+    }
+}
+
+fn send_all(fd: BorrowedFd<'_>, bytes: &[u8], name: &Name<'_>) -> Result<(), RestoreError> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let sent = name.call("send", send(fd.as_raw_fd(), rest, flags))?;
+        rest = &rest[sent..];
+    }
+    Ok(())
+}
+
+/// Neither window holds back what the source had sent; only pacing and the link's queue can, for a moment.
+fn wait_until_sent(fd: BorrowedFd<'_>, name: &Name<'_>) -> Result<(), RestoreError> {
+    const ATTEMPTS: u32 = 200;
+    const PAUSE: Duration = Duration::from_micros(50);
+    for _ in 0..ATTEMPTS {
+        if name.call("SIOCOUTQNSD", sockopt::unsent_bytes(fd))? == 0 {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
+}
+
+/// Connections that have gone live and may not have heard from their peers yet.
+#[derive(Debug)]
+pub struct LiveConnections {
+    pub(super) connections: Vec<(OwnedFd, Waiting)>,
+    pub(super) injector: Option<Injector>,
+}
+
+impl LiveConnections {
+    /// Looks after the connections until each has had an answer, at most for `patience`; returns how many had none.
+    ///
+    /// A link that has just come up may lose the first packets: a switch port that does not forward yet, a neighbour that
+    /// still knows the old host. A connection without any answer would try again after 1 to 3 s (it has no round-trip
+    /// time), so its first segment is sent again from here, as the kernel would have made it, after 2 ms, 4 ms …
+    /// The first answer gives the kernel what it needs to repair the rest by itself.
+    ///
+    /// Blocks; the container's processes may run meanwhile.
+    pub fn attend(mut self, patience: Duration) -> usize {
+        const FIRST_PAUSE: Duration = Duration::from_millis(2);
+        const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+        let end = Instant::now() + patience;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            self.connections.retain(|(fd, _)| !is_answered(fd.as_fd()));
+            let left = end.saturating_duration_since(Instant::now());
+            if self.connections.is_empty() || left.is_zero() {
+                return self.connections.len();
+            }
+            std::thread::sleep(pause.min(left));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            for (fd, waiting) in self.connections.iter().filter(|(fd, _)| !is_answered(fd.as_fd())) {
+                let timestamp = sockopt::get_int(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_TIMESTAMP);
+                let timestamps = TcpInfo::of(fd.as_fd()).is_ok_and(|info| info.timestamps);
+                let timestamp = timestamp.ok().filter(|_| timestamps).map(|timestamp| timestamp as u32);
+                if let Some(injector) = &self.injector {
+                    // As with any packet, nobody knows whether it arrives; the next one follows.
+                    let _ = injector.send(&waiting.first_segment(timestamp));
+                }
+            }
+        }
+    }
+}
+
+/// Whether the peer has acknowledged the probe, or the connection is over.
+fn is_answered(fd: BorrowedFd<'_>) -> bool {
+    TcpInfo::of(fd).map_or(true, |info| info.rtt_us > 0 || info.state == state::CLOSE)
+}
