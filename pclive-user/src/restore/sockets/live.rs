@@ -53,19 +53,15 @@ impl Waiting {
         }
         name.call("TCP_REPAIR off", Repair::resume(fd, false).leave())?;
         // A segment of its own: its acknowledgement is a measurement even if the data after it was lost.
-        send_all(fd, &[PROBE], &name)?;
-        send_all(fd, &self.sent[1..], &name)
+        send_record(fd, &[PROBE], &name)?;
+        send_record(fd, &self.sent[1..], &name)
     }
 
     /// Second half: what the source had not sent, and everything that may change how bytes are sent.
-    ///
-    /// The last segment of the first half ends where the source's last one ended, and what follows may not become part
-    /// of it: the peer's window may end there too, and then the kernel would not send the longer segment at all.
     pub(super) fn settle(&self, fd: BorrowedFd<'_>) -> Result<(), RestoreError> {
         let name = Name(&self.label);
         if !self.unsent.is_empty() {
-            wait_until_sent(fd, &name)?;
-            send_all(fd, &self.unsent, &name)?;
+            send_record(fd, &self.unsent, &name)?;
         }
         if self.shut_write {
             name.call("shutdown", shutdown(fd.as_raw_fd(), Shutdown::Write))?;
@@ -112,37 +108,43 @@ impl Waiting {
     }
 }
 
-fn send_all(fd: BorrowedFd<'_>, bytes: &[u8], name: &Name<'_>) -> Result<(), RestoreError> {
+/// Sends bytes whose last segment nothing is added to (`MSG_EOR`, for TCP since Linux 4.7).
+///
+/// The source's last segment ended where the peer's window may end too. A longer one would not fit and not be sent at
+/// all, and one that may still grow is held back (`tcp_tso_should_defer`) until an acknowledgement comes, which the kernel
+/// would ignore, because it is of bytes that it has not sent.
+fn send_record(fd: BorrowedFd<'_>, bytes: &[u8], name: &Name<'_>) -> Result<(), RestoreError> {
     let mut rest = bytes;
     while !rest.is_empty() {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_EOR;
         let sent = name.call("send", send(fd.as_raw_fd(), rest, flags))?;
         rest = &rest[sent..];
     }
     Ok(())
 }
 
-/// Neither window holds back what the source had sent; only pacing and the link's queue can, for a moment.
-fn wait_until_sent(fd: BorrowedFd<'_>, name: &Name<'_>) -> Result<(), RestoreError> {
-    const ATTEMPTS: u32 = 200;
-    const PAUSE: Duration = Duration::from_micros(50);
-    for _ in 0..ATTEMPTS {
-        if name.call("SIOCOUTQNSD", sockopt::unsent_bytes(fd))? == 0 {
-            break;
-        }
-        std::thread::sleep(PAUSE);
-    }
-    Ok(())
-}
+/// How long connections without an answer are attended to: the kernel has tried again itself by then.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Connections that have gone live and may not have heard from their peers yet.
 #[derive(Debug)]
-pub struct LiveConnections {
+pub(super) struct LiveConnections {
     pub(super) connections: Vec<(OwnedFd, Waiting)>,
-    pub(super) injector: Option<Injector>,
+    pub(super) injector: Injector,
 }
 
 impl LiveConnections {
+    /// [`attend`](Self::attend) on a thread of its own.
+    pub(super) fn attend_in_background(self) {
+        let attend = move || match self.attend(PATIENCE) {
+            0 => (),
+            silent => tracing::warn!("{silent} peers have not answered within {PATIENCE:?}"),
+        };
+        if let Err(error) = std::thread::Builder::new().name("attend".into()).spawn(attend) {
+            tracing::warn!("connections are left to the kernel's own timeouts: {error}");
+        }
+    }
+
     /// Looks after the connections until each has had an answer, at most for `patience`; returns how many had none.
     ///
     /// A link that has just come up may lose the first packets: a switch port that does not forward yet, a neighbour that
@@ -150,8 +152,8 @@ impl LiveConnections {
     /// time), so its first segment is sent again from here, as the kernel would have made it, after 2 ms, 4 ms …
     /// The first answer gives the kernel what it needs to repair the rest by itself.
     ///
-    /// Blocks; the container's processes may run meanwhile.
-    pub fn attend(mut self, patience: Duration) -> usize {
+    /// A connection is let go as soon as it is answered: until then closing it would have no effect.
+    fn attend(mut self, patience: Duration) -> usize {
         const FIRST_PAUSE: Duration = Duration::from_millis(2);
         const LONGEST_PAUSE: Duration = Duration::from_millis(64);
         let end = Instant::now() + patience;
@@ -164,17 +166,20 @@ impl LiveConnections {
             }
             std::thread::sleep(pause.min(left));
             pause = (pause * 2).min(LONGEST_PAUSE);
-            for (fd, waiting) in self.connections.iter().filter(|(fd, _)| !is_answered(fd.as_fd())) {
-                let timestamp = sockopt::get_int(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_TIMESTAMP);
-                let timestamps = TcpInfo::of(fd.as_fd()).is_ok_and(|info| info.timestamps);
-                let timestamp = timestamp.ok().filter(|_| timestamps).map(|timestamp| timestamp as u32);
-                if let Some(injector) = &self.injector {
-                    // As with any packet, nobody knows whether it arrives; the next one follows.
-                    let _ = injector.send(&waiting.first_segment(timestamp));
-                }
+            self.connections.retain(|(fd, _)| !is_answered(fd.as_fd()));
+            for (fd, waiting) in &self.connections {
+                // As with any packet, nobody knows whether it arrives; the next one follows.
+                let _ = self.injector.send(&waiting.first_segment(timestamp(fd.as_fd())));
             }
         }
     }
+}
+
+/// The timestamp that the connection would send now, if it has timestamps.
+fn timestamp(fd: BorrowedFd<'_>) -> Option<u32> {
+    let in_use = TcpInfo::of(fd).is_ok_and(|info| info.timestamps);
+    let value = sockopt::get_int(fd, libc::IPPROTO_TCP, libc::TCP_TIMESTAMP);
+    value.ok().filter(|_| in_use).map(|value| value as u32)
 }
 
 /// Whether the peer has acknowledged the probe, or the connection is over.

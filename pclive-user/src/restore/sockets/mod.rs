@@ -21,7 +21,7 @@
 //! And it starts one byte earlier than that, at a byte that the peer has acknowledged: every connection, even an idle
 //! one, sends at least this byte, as a keep-alive probe would. The peer drops it and answers at once, which gives the
 //! connection a round-trip time, and both sides the other's window and position, whatever was lost on the way.
-//! [`LiveConnections::attend`] repeats it for those that get no answer.
+//! `LiveConnections::attend` repeats it for those that get no answer.
 //!
 //! # FINs
 //!
@@ -38,7 +38,7 @@ mod unix;
 
 use crate::capture::sockets::options::{self, Family, Known, When};
 use inject::Injector;
-pub use live::LiveConnections;
+use live::LiveConnections;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
@@ -185,19 +185,19 @@ impl RestoredSockets {
     /// packets that were held are let through: a segment that comes earlier acknowledges bytes that this side has not
     /// sent yet, and is dropped. There is no way back, so a connection that fails does not stop the others.
     ///
-    /// Returns the connections, to be [attended](LiveConnections::attend), and the failures.
-    pub fn go_live(mut self) -> (LiveConnections, Vec<RestoreError>) {
+    /// Returns the failures. A thread goes on attending to connections that get no answer.
+    pub fn go_live(mut self) -> Vec<RestoreError> {
+        let Some(injector) = self.injector else { return Vec::new() };
         let mut failed = Vec::new();
         let mut connections = Vec::new();
         for (id, waiting) in self.connections {
             let Some(fd) = self.sockets.remove(&id) else { continue };
-            if let Some(injector) = &self.injector {
-                failed.extend(waiting.resend(fd.as_fd(), injector).err());
-            }
+            failed.extend(waiting.resend(fd.as_fd(), &injector).err());
             connections.push((fd, waiting));
         }
         failed.extend(connections.iter().filter_map(|(fd, waiting)| waiting.settle(fd.as_fd()).err()));
-        (LiveConnections { connections, injector: self.injector }, failed)
+        LiveConnections { connections, injector }.attend_in_background();
+        failed
     }
 }
 

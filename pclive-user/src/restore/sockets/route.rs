@@ -50,11 +50,13 @@ impl Metrics {
         // Headers and options take at most 40 + 60 bytes.
         let segment = connection.mss.min(path_mtu).saturating_sub(100).max(64);
         let segments = connection.send_queue.len() as u32 / segment + INITIAL_WINDOW;
-        let window = connection.congestion_window.max(segments).clamp(INITIAL_WINDOW, LARGEST_WINDOW);
+        let window = connection.congestion_window.clamp(INITIAL_WINDOW, LARGEST_WINDOW);
+        // Powers of two, so that few sizes are in use: connections with equal metrics share one change of the route.
+        let window = INITIAL_WINDOW.max(1 << window.ilog2());
+        let needed = if segments == INITIAL_WINDOW { segments } else { segments.next_power_of_two() };
         Self {
             ipv6,
-            // A few sizes only: connections with equal metrics share one change of the route.
-            congestion_window: if window == INITIAL_WINDOW { window } else { window.next_power_of_two() },
+            congestion_window: window.max(needed.min(LARGEST_WINDOW)),
             path_mtu,
             advertised_mss: connection.advertised_mss.clamp(88, 65535 - 40),
         }

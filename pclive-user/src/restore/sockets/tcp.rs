@@ -198,8 +198,9 @@ fn fill(repair: &Repair<'_>, connection: &TcpConnection, name: &Name<'_>) -> Res
 fn window(connection: &TcpConnection) -> RepairWindow {
     let [_, snd_wnd, max_window, rcv_wnd, rcv_wup] = connection.window;
     let sent = connection.send_queue.len() as u32 - connection.unsent;
-    // Counted from the probe byte. What was sent was once allowed, even if the peer has shrunk its window since.
-    let snd_wnd = snd_wnd.max(sent).saturating_add(1);
+    // What was sent was once allowed, even if the peer has shrunk its window since. Counted from the probe byte; and a
+    // last segment that fills the window to the brim is held back (tcp_tso_should_defer).
+    let snd_wnd = snd_wnd.max(sent).saturating_add(2);
     // The right edge that was offered stays; counted from the next byte.
     let offered = rcv_wup.wrapping_add(rcv_wnd).wrapping_sub(connection.receive_sequence);
     let rcv_wnd = if offered > i32::MAX as u32 { 0 } else { offered };
