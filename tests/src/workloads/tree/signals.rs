@@ -274,7 +274,9 @@ impl Probe for Signals {
             findings.succeed("send a signal", result);
         }
         let note = &NOTES[THREAD_TIMER as usize];
-        findings.equal("thread of the thread's timer", server(), note.thread.load(Ordering::Acquire));
+        if note.count.load(Ordering::Acquire) > 0 {
+            findings.equal("thread of the thread's timer", server(), note.thread.load(Ordering::Acquire));
+        }
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
