@@ -1,0 +1,63 @@
+//! Memory under fire is moved again and again; after each move every byte is compared with what it must be.
+
+use anyhow::{Context, Result};
+use pclive_tests::lab::{BitRate, Lab};
+use pclive_tests::pclive::Serve;
+use pclive_tests::workloads::running::Contained;
+
+/// One move after the other; all of them if `PCLIVE_MOVES` asks for more than the first five.
+const OPTIONS: [&[&str]; 8] = [
+    &[],
+    &["--mode", "pclive"],
+    &["--restore-from", "2"],
+    &["--tracker", "scan"],
+    &["--mode", "one-shot"],
+    &["--max-rounds", "1"],
+    &["--mode", "pclive", "--tracker", "scan"],
+    &["--max-blackout", "20"],
+];
+
+fn moves() -> usize {
+    std::env::var("PCLIVE_MOVES").ok().and_then(|moves| moves.parse().ok()).unwrap_or(5)
+}
+
+/// Back and forth between the hosts, with the workload's `arguments`.
+fn move_memory(arguments: &[&str]) -> Result<()> {
+    let mut lab = Lab::new(Some(BitRate::GIGABIT))?;
+    let arguments = ["memory"].iter().chain(arguments).copied().collect::<Vec<_>>();
+    let mut memory = Contained::start(&mut lab, "memory", &arguments)?;
+    let [there, back] = [lab.destination(), lab.source()].map(|host| Serve::start(&lab, host));
+    let (there, back) = (there?, back?);
+    memory.check(&lab)?;
+    for (number, options) in OPTIONS.into_iter().cycle().take(moves()).enumerate() {
+        let (from, to) = if number % 2 == 0 { (lab.source(), &there) } else { (lab.destination(), &back) };
+        let context = || format!("move {number} of {arguments:?} with {options:?}");
+        let report = memory.migrate(&lab, from, to, options).with_context(context)?;
+        let answer = memory.check(&lab).with_context(context)?;
+        println!(
+            "{}: {} rounds, blackout {} us: {answer}",
+            context(),
+            report.rounds.len(),
+            report.blackout_us
+        );
+        assert_eq!(lab.traces(from, &memory.container.name)?, Vec::<String>::new(), "{}", context());
+    }
+    Ok(())
+}
+
+#[test]
+fn every_byte_survives_under_full_fire() -> Result<()> {
+    move_memory(&["--mib", "48", "--threads", "3", "--seed", "11"])
+}
+
+/// Slow enough that rounds converge, so that most pages arrive before the freeze.
+#[test]
+fn every_byte_survives_while_rounds_converge() -> Result<()> {
+    move_memory(&["--mib", "96", "--threads", "2", "--rate", "200", "--seed", "12"])
+}
+
+/// One thread alone: its stack is the one that the kernel grows, its heap the one that `brk` grows.
+#[test]
+fn every_byte_survives_without_threads_and_children() -> Result<()> {
+    move_memory(&["--mib", "32", "--threads", "1", "--children", "0", "--rate", "2000", "--seed", "13"])
+}
