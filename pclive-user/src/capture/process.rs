@@ -138,7 +138,7 @@ pub fn capture_stopped(
     vmas: &mut VmaReader,
 ) -> Result<Process, ProcessError> {
     let mut captured = capture_layout(process, parent, Vec::new(), vmas)?;
-    let (_memory, syscall) = prepare_injection(process.pid, &captured.vmas)?;
+    let (memory, syscall) = prepare_injection(process.pid, &captured.vmas)?;
     let leader = &stopped.leader().tracee;
     let borrowed = Borrowed::new(leader, syscall)?;
     let arena = borrowed.map_arena(ARENA_SIZE, None)?;
@@ -146,7 +146,7 @@ pub fn capture_stopped(
     let questions = Questions::new(&timers);
     let answers = borrowed.run(&arena, &questions.script)?;
     borrowed.give_back()?;
-    captured.threads = capture_threads(stopped, syscall, &arena)?;
+    captured.threads = capture_threads(stopped, &memory, syscall, &arena)?;
     let borrowed = Borrowed::new(leader, syscall)?;
     borrowed.unmap_arena(arena)?;
     borrowed.give_back()?;

@@ -2,7 +2,8 @@
 
 use super::SourceProcess;
 use super::tree::{TreeError, read_threads};
-use pclive_sys::ptrace::{Seize, Tracee, restartable};
+use pclive_sys::mem::ProcessMemory;
+use pclive_sys::ptrace::{CODE_BEFORE, Seize, Tracee, restartable};
 use pclive_sys::script::{Arena, Borrowed, Outcome, Script, SyscallInstruction};
 use pclive_sys::thread::{robust_list, scheduling};
 use pclive_wire::manifest::{AltStack, Credentials, Thread, ThreadState};
@@ -118,6 +119,7 @@ pub fn kill_all(stopped: Vec<StoppedProcess>) {
 /// Reads every thread of a stopped process. `arena` belongs to the process.
 pub fn capture_threads(
     process: &StoppedProcess,
+    memory: &ProcessMemory,
     syscall: SyscallInstruction,
     arena: &Arena,
 ) -> Result<Vec<Thread>, ThreadError> {
@@ -125,7 +127,7 @@ pub fn capture_threads(
         .threads
         .iter()
         .map(|thread| {
-            let state = capture_thread(process.pid, thread, syscall, arena)?;
+            let state = capture_thread(process.pid, thread, memory, syscall, arena)?;
             Ok(Thread { tid: thread.ns_tid, state: Some(Box::new(state)) })
         })
         .collect()
@@ -134,6 +136,7 @@ pub fn capture_threads(
 fn capture_thread(
     pid: HostPid,
     thread: &StoppedThread,
+    memory: &ProcessMemory,
     syscall: SyscallInstruction,
     arena: &Arena,
 ) -> Result<ThreadState, ThreadError> {
@@ -141,7 +144,11 @@ fn capture_thread(
     let tid = tracee.tid();
     let questions = Questions::new();
     let borrowed = Borrowed::new(tracee, syscall)?;
-    let registers = restartable(*borrowed.original().0);
+    let registers = *borrowed.original().0;
+    let mut code = [0; CODE_BEFORE];
+    // Unreadable: not the address after a system call.
+    let _ = memory.read(VirtAddr(registers.rip.wrapping_sub(CODE_BEFORE as u64)), &mut code);
+    let registers = restartable(registers, code);
     let blocked = borrowed.original().1;
     let answers = borrowed.run(arena, &questions.script)?;
     borrowed.give_back()?;

@@ -5,7 +5,7 @@
 //! where the source has none, puts each file where it belongs without a `dup`; the fillers are closed again.
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use pclive_sys::script::{Arg, DataRef, Script};
+use pclive_sys::script::{Arg, CallRef, DataRef, Script};
 use pclive_wire::NsPid;
 use pclive_wire::manifest::{DescriptionId, EpollTarget, FdEntry};
 use std::io::IoSlice;
@@ -87,19 +87,68 @@ pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> Script {
     script
 }
 
-/// Appends the calls that fill the epoll sets whose entries are keyed by this process's descriptor numbers.
-pub fn watch(script: &mut Script, pid: NsPid, table: &[FdEntry], sets: &[(DescriptionId, Vec<EpollTarget>)]) {
-    for (set, targets) in sets {
-        let Some(epoll) = table.iter().find(|entry| entry.description == *set) else { continue };
-        for target in targets.iter().filter(|target| target.process == pid) {
-            // struct epoll_event is packed on x86-64.
-            let event =
-                script.data(&[&target.events.to_ne_bytes()[..], &target.data.to_ne_bytes()[..]].concat());
-            let args: [Arg; 4] =
-                [epoll.fd.into(), libc::EPOLL_CTL_ADD.into(), target.fd.into(), event.into()];
-            script.call(format!("epoll_ctl({}, add {})", epoll.fd, target.fd), libc::SYS_epoll_ctl, args);
+/// What the process adds to its epoll sets.
+#[derive(Debug)]
+pub struct Watches {
+    /// Epoll descriptor and target. Those that are disarmed come first.
+    targets: Vec<(i32, EpollTarget)>,
+}
+
+/// `EP_PRIVATE_BITS` of `fs/eventpoll.c`: all that is left of the events of a target whose `EPOLLONESHOT` has fired.
+const PRIVATE_BITS: i32 = libc::EPOLLWAKEUP | libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLEXCLUSIVE;
+
+fn is_disarmed(target: &EpollTarget) -> bool {
+    target.events & libc::EPOLLONESHOT as u32 != 0 && target.events & !PRIVATE_BITS as u32 == 0
+}
+
+impl Watches {
+    /// What is keyed by the descriptor numbers of process `pid`, whose table this is.
+    pub fn of(pid: NsPid, table: &[FdEntry], sets: &[(DescriptionId, Vec<EpollTarget>)]) -> Self {
+        let mut targets = Vec::new();
+        for (set, watched) in sets {
+            let Some(epoll) = table.iter().find(|entry| entry.description == *set) else { continue };
+            targets.extend(
+                watched.iter().filter(|target| target.process == pid).map(|target| (epoll.fd, *target)),
+            );
+        }
+        targets.sort_by_key(|(_, target)| !is_disarmed(target));
+        Self { targets }
+    }
+
+    /// Appends the calls that let each disarmed target fire: the kernel always adds `EPOLLERR` and `EPOLLHUP` to what is
+    /// asked for, and only firing takes them away again. Returns the calls that tell which of them did. The sets must be
+    /// empty before, so that nothing else can fire.
+    pub fn disarm(&self, script: &mut Script) -> Vec<CallRef> {
+        let disarmed = self.targets.iter().take_while(|(_, target)| is_disarmed(target));
+        let event = script.room(EPOLL_EVENT_SIZE);
+        let fire = |&(epoll, target): &(i32, EpollTarget)| {
+            let events = target.events | (libc::EPOLLIN | libc::EPOLLOUT) as u32;
+            control(script, epoll, libc::EPOLL_CTL_ADD, EpollTarget { events, ..target });
+            let args: [Arg; 4] = [epoll.into(), event.into(), 1.into(), 0.into()];
+            script.call("epoll_wait", libc::SYS_epoll_wait, args)
+        };
+        disarmed.map(fire).collect()
+    }
+
+    /// Appends the calls for all other targets, and for disarmed ones that had nothing to fire for.
+    pub fn add(&self, script: &mut Script, fired: &[bool]) {
+        for (place, &(epoll, target)) in self.targets.iter().enumerate() {
+            match fired.get(place) {
+                Some(true) => {}
+                Some(false) => control(script, epoll, libc::EPOLL_CTL_MOD, target),
+                None => control(script, epoll, libc::EPOLL_CTL_ADD, target),
+            }
         }
     }
+}
+
+/// `struct epoll_event` is packed on x86-64.
+const EPOLL_EVENT_SIZE: usize = 12;
+
+fn control(script: &mut Script, epoll: i32, how: i32, target: EpollTarget) {
+    let event = script.data(&[&target.events.to_ne_bytes()[..], &target.data.to_ne_bytes()[..]].concat());
+    let args: [Arg; 4] = [epoll.into(), how.into(), target.fd.into(), event.into()];
+    script.call(format!("epoll_ctl({epoll}, {how}, {})", target.fd), libc::SYS_epoll_ctl, args);
 }
 
 fn receive_batch(script: &mut Script, socket: i32, count: usize) {

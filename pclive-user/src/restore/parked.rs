@@ -319,7 +319,12 @@ impl Parked {
         let (socket_at, _) = descriptors::spare_fds(&state.fds);
         let socket_at = socket_at.max(end(1) + 1);
         let mut script = descriptors::receive_script(&state.fds, end(1), socket_at);
-        descriptors::watch(&mut script, self.pid, &state.fds, &files.epoll_targets);
+        let watches = descriptors::Watches::of(self.pid, &state.fds, &files.epoll_targets);
+        let disarmed = watches.disarm(&mut script);
+        let outcome = self.run(&script)?;
+        let fired: Vec<bool> = disarmed.into_iter().map(|call| outcome.result(call) == 1).collect();
+        let mut script = Script::new();
+        watches.add(&mut script, &fired);
         self.run(&script)?;
         Ok(())
     }

@@ -4,7 +4,7 @@ use super::options::Family;
 use super::{SocketError, Source};
 use crate::capture::Access;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, recvmsg};
+use nix::sys::socket::{MsgFlags, recvmsg};
 use pclive_sys::sock_diag::{UnixEntry, state};
 use pclive_sys::sockopt;
 use pclive_wire::manifest::{UnixPeer, UnixSocket};
@@ -116,6 +116,9 @@ fn queue(
     Ok(messages)
 }
 
+/// Largest message that is looked for; `SO_SNDBUF` limits them to about 200 KiB unless raised by a privileged sender.
+const LARGEST_MESSAGE: usize = 4 << 20;
+
 fn peek_all(source: Source<'_>, entry: &UnixEntry) -> Result<Vec<Vec<u8>>, SocketError> {
     let mut messages = Vec::new();
     while let Some(message) = peek_one(source, entry)? {
@@ -128,18 +131,10 @@ fn peek_all(source: Source<'_>, entry: &UnixEntry) -> Result<Vec<Vec<u8>>, Socke
 fn peek_one(source: Source<'_>, entry: &UnixEntry) -> Result<Option<Vec<u8>>, SocketError> {
     let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     let stream = i32::from(entry.socket_type) == libc::SOCK_STREAM;
-    let len = if stream {
-        source.call("SIOCINQ", sockopt::readable_bytes(source.fd))?
-    } else {
-        match recv(source.fd.as_raw_fd(), &mut [], peek | MsgFlags::MSG_TRUNC) {
-            Ok(len) => len,
-            Err(Errno::EAGAIN) => return Ok(None),
-            // A peer that was closed or has reset the connection; what waits was read before.
-            Err(Errno::ECONNRESET) => {
-                return Err(SocketError::transient("a unix socket with an unread error"));
-            }
-            Err(errno) => return source.call("recv MSG_PEEK", Err(errno)),
-        }
+    // One peek for each message: the kernel passes over an empty message that was peeked at before (`skb->peeked`).
+    let len = match stream {
+        true => source.call("SIOCINQ", sockopt::readable_bytes(source.fd))?,
+        false => LARGEST_MESSAGE,
     };
     let mut message = vec![0; len];
     let mut buffer = [IoSliceMut::new(&mut message)];
@@ -147,8 +142,16 @@ fn peek_one(source: Source<'_>, entry: &UnixEntry) -> Result<Option<Vec<u8>>, So
     let received = match recvmsg::<()>(source.fd.as_raw_fd(), &mut buffer, None, peek) {
         Ok(received) => received,
         Err(Errno::EAGAIN) => return Ok(None),
+        // A peer that was closed or has reset the connection; what waits was read before.
+        Err(Errno::ECONNRESET) => return Err(SocketError::transient("a unix socket with an unread error")),
         Err(errno) => return source.call("recvmsg MSG_PEEK", Err(errno)),
     };
+    if received.flags.contains(MsgFlags::MSG_TRUNC) {
+        return Err(SocketError::unsupported(
+            format!("a message of more than {LARGEST_MESSAGE} bytes in a unix socket"),
+            "let its receiver read it first",
+        ));
+    }
     let (len, truncated) = (received.bytes, received.flags.contains(MsgFlags::MSG_CTRUNC));
     if truncated {
         return Err(SocketError::transient("descriptors or credentials in flight in a unix socket"));

@@ -206,14 +206,10 @@ fn capture(
     container: &mut super::Container,
     stopped: &[StoppedProcess],
 ) -> Result<(Vec<Process>, CapturedFiles), MigrateError> {
-    // Bringing a link down waits for a grace period of the network stack; processes can be read meanwhile.
-    let (down, processes) = std::thread::scope(|scope| {
-        let down = scope.spawn(|| links.take_down());
-        let processes = container.capture(stopped);
-        (down.join().expect("taking links down does not panic"), processes)
-    });
-    down?;
-    let processes = processes?;
+    // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
+    // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
+    let processes = container.capture(stopped)?;
+    links.take_down()?;
     let mut obstacles = Obstacles::default();
     let files = capture_files(container.processes(), container.env(), Access::Frozen, &mut obstacles)?;
     match obstacles.is_empty() {
