@@ -86,13 +86,19 @@ fn sigaction(script: &mut Script, signal: i32, action: &SigAction) {
 }
 
 fn itimer(script: &mut Script, which: u64, timer: &ItimerSpec) {
-    if timer.value_us == 0 {
+    if timer.value_us == 0 && timer.interval_us == 0 {
         return;
     }
     let split = |us: u64| [us / 1_000_000, us % 1_000_000];
-    let words = [split(timer.interval_us), split(timer.value_us)].concat();
+    let words = [split(timer.interval_us), split(due_in(timer.value_us, timer.interval_us))].concat();
     let raw = script.data(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>());
     script.call("setitimer", libc::SYS_setitimer, [which.into(), raw.into(), 0.into()]);
+}
+
+/// When a timer expires next. One that has expired, and whose signal is still pending, shows 0 until the signal is taken:
+/// the kernel starts its next interval only then. The signal travels, the next interval begins here.
+fn due_in(value: u64, interval: u64) -> u64 {
+    if value > 0 { value } else { interval }
 }
 
 fn posix_timers(script: &mut Script, timers: &[PosixTimer]) {
@@ -114,9 +120,9 @@ fn posix_timers(script: &mut Script, timers: &[PosixTimer]) {
         let id = script.data(&timer.id.to_ne_bytes());
         let label = format!("timer_create of {}", timer.id);
         script.call(label, libc::SYS_timer_create, [timer.clock.into(), event.into(), id.into()]);
-        if timer.value_ns > 0 {
+        if timer.value_ns > 0 || timer.interval_ns > 0 {
             let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
-            let words = [split(timer.interval_ns), split(timer.value_ns)].concat();
+            let words = [split(timer.interval_ns), split(due_in(timer.value_ns, timer.interval_ns))].concat();
             let spec = script.data(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>());
             let args: [Arg; 4] = [timer.id.into(), 0.into(), spec.into(), 0.into()];
             script.call(format!("timer_settime of {}", timer.id), libc::SYS_timer_settime, args);

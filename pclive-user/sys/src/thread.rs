@@ -1,6 +1,8 @@
 //! Calls that read or set what the kernel keeps for a thread.
 
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use pclive_wire::manifest::Scheduling;
 use pclive_wire::{HostPid, VirtAddr};
 
@@ -13,7 +15,8 @@ pub fn robust_list(tid: HostPid) -> nix::Result<(VirtAddr, u64)> {
     Ok((VirtAddr(head), len))
 }
 
-/// Policy, priority and nice value of a thread (`sched_getattr(2)`, Linux 3.14).
+/// Policy, priority and nice value of a thread (`sched_getattr(2)`, Linux 3.14), and the CPUs that it is bound to: those
+/// of `sched_getaffinity(2)`, unless they are the same as pclive's own.
 pub fn scheduling(tid: HostPid) -> nix::Result<Scheduling> {
     let mut attributes = sched_attr();
     let size = attributes.size;
@@ -24,10 +27,20 @@ pub fn scheduling(tid: HostPid) -> nix::Result<Scheduling> {
         policy: attributes.sched_policy as i32,
         priority: attributes.sched_priority as i32,
         nice: attributes.sched_nice,
+        cpus: bound_to(tid)?,
     })
 }
 
-/// Sets policy, priority and nice value of a thread (`sched_setattr(2)`).
+fn bound_to(tid: HostPid) -> nix::Result<Vec<u16>> {
+    let cpus = sched_getaffinity(Pid::from_raw(tid.0))?;
+    if cpus == sched_getaffinity(Pid::from_raw(0))? {
+        return Ok(Vec::new());
+    }
+    Ok((0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu) == Ok(true)).map(|cpu| cpu as u16).collect())
+}
+
+/// Sets policy, priority, nice value and CPUs of a thread (`sched_setattr(2)`, `sched_setaffinity(2)`). `EINVAL` if this
+/// host has none of the CPUs.
 pub fn set_scheduling(tid: HostPid, scheduling: &Scheduling) -> nix::Result<()> {
     let mut attributes = sched_attr();
     attributes.sched_policy = scheduling.policy as u32;
@@ -35,7 +48,13 @@ pub fn set_scheduling(tid: HostPid, scheduling: &Scheduling) -> nix::Result<()> 
     attributes.sched_nice = scheduling.nice;
     // SAFETY: `attributes` says its own size and is only read.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, tid.0, &raw const attributes, 0) };
-    Errno::result(result).map(drop)
+    Errno::result(result)?;
+    if scheduling.cpus.is_empty() {
+        return Ok(());
+    }
+    let mut cpus = CpuSet::new();
+    scheduling.cpus.iter().try_for_each(|&cpu| cpus.set(cpu.into()))?;
+    sched_setaffinity(Pid::from_raw(tid.0), &cpus)
 }
 
 fn sched_attr() -> libc::sched_attr {

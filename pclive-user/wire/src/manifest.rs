@@ -262,6 +262,8 @@ pub struct Scheduling {
     pub policy: i32,
     pub priority: i32,
     pub nice: i32,
+    /// CPUs that the thread is bound to; empty if it may use all of the host.
+    pub cpus: Vec<u16>,
 }
 
 /// A frozen process.

@@ -185,8 +185,12 @@ impl Identity {
             // An epoll instance has a line for each target, which names the target's inode at the end.
             let value = value.split(" pos:").next().unwrap_or_default().to_owned();
             let key = format!("{prefix} {name}");
-            let all = self.0.remove(&key).map_or(value.clone(), |before| format!("{before}, {value}"));
-            self.set(key, all);
+            // The kernel lists targets in the order of the addresses of its own objects.
+            let before = self.0.remove(&key).unwrap_or_default();
+            let mut all: Vec<&str> = before.split(", ").filter(|value| !value.is_empty()).collect();
+            all.push(&value);
+            all.sort_unstable();
+            self.set(key, all.join(", "));
         }
     }
 
