@@ -5,7 +5,7 @@ use crate::{
     capture::{SourceProcess, vmas::VmaReader},
     track::attach::TrackedProcess,
 };
-use pclive_sys::pidfd::pidfd_open;
+use pclive_sys::{mem::ProcessMemory, pidfd::pidfd_open};
 use pclive_wire::NsPid;
 use std::{
     collections::BTreeSet,
@@ -115,6 +115,7 @@ fn worker() {
     for line in std::io::stdin().lines() {
         let answer = match line.unwrap().as_str() {
             "hello" => std::process::id() as u64,
+            "where" => buffer.as_ptr() as u64,
             "write" => {
                 buffer.iter_mut().step_by(PAGE_SIZE as usize).for_each(|byte| *byte = 1);
                 buffer.as_ptr() as u64
@@ -199,6 +200,25 @@ fn every_write_to_a_protected_page_is_seen_once_until_it_is_protected_again() {
             let dirty = tracked.begin_round(layout).unwrap();
             assert_eq!(dirty.intersection(&[buffer].into_iter().collect()).pages(), PAGES);
         }
+    }
+}
+
+#[test]
+fn writes_made_from_outside_raise_events_where_the_memory_is_known() {
+    for source in sources() {
+        let cgroup = TestCgroup::new();
+        let mut worker = Worker::start(&cgroup.path);
+        let buffer = buffer_at(worker.tell("where"));
+        let mut observer = cgroup.observe(source, RingSizes::default()).unwrap();
+        let bytes = vec![1; buffer.bytes() as usize];
+        ProcessMemory::open(worker.pid()).unwrap().write(buffer.start, &bytes).unwrap();
+        let seen = written(&observer.drain().unwrap(), worker.pid(), &buffer);
+        // The writer is not of the container, and no CPU faulted in the container's memory.
+        let expected = match source {
+            FaultSource::Fentry => PAGES,
+            FaultSource::Tracepoint => 0,
+        };
+        assert_eq!(seen, expected, "{source:?}");
     }
 }
 
