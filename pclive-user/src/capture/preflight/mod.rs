@@ -76,9 +76,11 @@ pub fn survey(
     namespaces::survey_container(init, obstacles)?;
     ipc::survey(init, env, obstacles)?;
     strays::survey(processes, obstacles)?;
-    sharing::survey(processes, obstacles)?;
     process::survey_relations(processes, obstacles);
-    for process in processes {
+    let living = strays::without_zombies(processes, obstacles)?;
+    strays::survey_cgroups(&living, obstacles)?;
+    sharing::survey(&living, obstacles)?;
+    for process in living {
         let result = process::survey(process, env, obstacles)
             .and_then(|()| namespaces::survey_process(process, init, obstacles))
             .and_then(|()| memory::survey(process, obstacles));

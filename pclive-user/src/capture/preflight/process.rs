@@ -61,9 +61,6 @@ fn parse_status(status: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut add = |object, reason: &str, remedy| findings.push((object, reason.to_owned(), remedy));
     match field(status, "State:").and_then(|state| state.chars().next()) {
-        Some('Z' | 'X') => {
-            add("process", "its first thread has ended", "have the program end its threads together")
-        }
         Some('T') => {
             add("process", "stopped by a signal, which is not moved yet", "continue it (`kill -CONT`)")
         }

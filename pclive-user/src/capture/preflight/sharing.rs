@@ -26,7 +26,7 @@ const OF_ITS_THREADS: [(Shared, &str); 2] = [
 ];
 
 /// Adds processes that share too much and threads that share too little.
-pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> Result<(), PreflightError> {
+pub(super) fn survey(processes: &[&SourceProcess], obstacles: &mut Obstacles) -> Result<(), PreflightError> {
     for (what, object, reason) in OF_A_PROCESS {
         for process in sharers(processes, what)? {
             obstacles.add(
@@ -47,10 +47,13 @@ pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> 
 }
 
 /// Every process that shares `what` with one before it.
-fn sharers(processes: &[SourceProcess], what: Shared) -> Result<Vec<&SourceProcess>, PreflightError> {
+fn sharers<'a>(
+    processes: &[&'a SourceProcess],
+    what: Shared,
+) -> Result<Vec<&'a SourceProcess>, PreflightError> {
     let mut ordered: Vec<&SourceProcess> = Vec::with_capacity(processes.len());
     let mut sharers = Vec::new();
-    for process in processes {
+    for &process in processes {
         match search(&ordered, |other| compare(other.pid, process.pid, what)) {
             Ok(Ok(_)) => sharers.push(process),
             Ok(Err(place)) => ordered.insert(place, process),

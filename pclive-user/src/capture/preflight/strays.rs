@@ -7,7 +7,7 @@ use pclive_wire::{HostPid, NsPid};
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-/// Adds every process that is in the pid namespace but not in `processes`, and those in a cgroup below the container's.
+/// Adds every process that is in the pid namespace but not in `processes`.
 pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> Result<(), PreflightError> {
     let known: HashSet<HostPid> = processes.iter().map(|process| process.pid).collect();
     let Some(namespace) = pid_namespace(processes[0].pid) else { return Ok(()) };
@@ -21,8 +21,49 @@ pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> 
             Err(error) => return Err(error),
         }
     }
-    let home = read(processes[0].pid, "cgroup")?;
-    for process in &processes[1..] {
+    Ok(())
+}
+
+fn add_stray(status: &str, obstacles: &mut Obstacles) {
+    let pid = field(status, "NSpid:").and_then(|pids| pids.split_whitespace().last()?.parse().ok());
+    let pid = NsPid(pid.unwrap_or_default());
+    if is_zombie(status) {
+        add_zombie(pid, obstacles);
+    } else {
+        obstacles.add(
+            pid,
+            "cgroup",
+            "the process is in the container's pid namespace but not in its cgroup",
+            "end the session that entered the container, or move the process into the container's cgroup",
+        );
+    }
+}
+
+/// The processes that have more to tell than that they ended, which is an obstacle.
+pub(super) fn without_zombies<'a>(
+    processes: &'a [SourceProcess],
+    obstacles: &mut Obstacles,
+) -> Result<Vec<&'a SourceProcess>, PreflightError> {
+    let mut living = Vec::with_capacity(processes.len());
+    for process in processes {
+        match read(process.pid, "status") {
+            Ok(status) if is_zombie(&status) => add_zombie(process.ns_pid, obstacles),
+            Ok(_) => living.push(process),
+            Err(_) if is_gone(process.pid) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(living)
+}
+
+/// Adds the processes that are in a cgroup below the container's.
+pub(super) fn survey_cgroups(
+    living: &[&SourceProcess],
+    obstacles: &mut Obstacles,
+) -> Result<(), PreflightError> {
+    let Some((init, others)) = living.split_first() else { return Ok(()) };
+    let home = read(init.pid, "cgroup")?;
+    for process in others {
         match read(process.pid, "cgroup") {
             Ok(cgroup) if cgroup == home => {}
             Ok(_) => obstacles.add(
@@ -38,24 +79,17 @@ pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> 
     Ok(())
 }
 
-fn add_stray(status: &str, obstacles: &mut Obstacles) {
-    let pid = field(status, "NSpid:").and_then(|pids| pids.split_whitespace().last()?.parse().ok());
-    let pid = NsPid(pid.unwrap_or_default());
-    if field(status, "State:").is_some_and(|state| state.starts_with(['Z', 'X'])) {
-        obstacles.add(
-            pid,
-            "process",
-            "a zombie, whose exit status its parent has not collected",
-            "try again; if it stays, the parent (or PID 1) does not wait for its children",
-        );
-    } else {
-        obstacles.add(
-            pid,
-            "cgroup",
-            "the process is in the container's pid namespace but not in its cgroup",
-            "end the session that entered the container, or move the process into the container's cgroup",
-        );
-    }
+fn is_zombie(status: &str) -> bool {
+    field(status, "State:").is_some_and(|state| state.starts_with(['Z', 'X']))
+}
+
+fn add_zombie(pid: NsPid, obstacles: &mut Obstacles) {
+    obstacles.add(
+        pid,
+        "process",
+        "a zombie: its parent has not collected its exit status, or only its first thread has ended",
+        "try again; if it stays, the parent (or PID 1) does not wait for its children",
+    );
 }
 
 fn pid_namespace(pid: HostPid) -> Option<PathBuf> {

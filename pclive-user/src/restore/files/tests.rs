@@ -8,10 +8,10 @@ use crate::restore::Sandbox;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 use pclive_wire::HostPid;
-use pclive_wire::manifest::{Description, DescriptionKind, EpollTarget};
+use pclive_wire::manifest::{Description, DescriptionId, DescriptionKind, EpollTarget};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 fn sandbox(root: &Path) -> Sandbox {
@@ -29,13 +29,17 @@ fn round_trip(holder: &Holder) -> (CapturedFiles, OpenedFiles) {
     let (captured, obstacles) = holder.capture(Access::Frozen);
     assert_eq!(obstacles, []);
     let opened = open_files(&captured.descriptions, &sandbox(Path::new("/"))).unwrap();
-    assert_eq!(opened.files.len(), captured.descriptions.len());
     (captured, opened)
 }
 
-/// The restored file behind descriptor `fd` of the program.
+/// What was made of descriptor `fd` of the program.
+fn restored<'a>(captured: &CapturedFiles, opened: &'a OpenedFiles, fd: i32) -> BorrowedFd<'a> {
+    opened.get(DescriptionId(captured.id_at(0, fd) as u32)).unwrap()
+}
+
+/// The same, as a file of our own.
 fn file(captured: &CapturedFiles, opened: &OpenedFiles, fd: i32) -> File {
-    opened.files[captured.id_at(0, fd)].as_ref().unwrap().try_clone().unwrap().into()
+    restored(captured, opened, fd).try_clone_to_owned().unwrap().into()
 }
 
 fn flags(file: &File) -> OFlag {
@@ -150,7 +154,7 @@ print("ready")
     assert_eq!(number(11).unwrap(), 1 << 40);
     assert_eq!(number(13).unwrap(), 1, "the unread expiry");
     let info = |fd| {
-        let fd = opened.files[captured.id_at(0, fd)].as_ref().unwrap().as_raw_fd();
+        let fd = restored(&captured, &opened, fd).as_raw_fd();
         std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap()
     };
     assert!(
