@@ -18,7 +18,7 @@ const PORT: u16 = 7011;
 /// How long it may take until it does.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a migration may take, whatever happens to it.
-const MIGRATE_TIMEOUT: Duration = Duration::from_secs(180);
+const MIGRATE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Exit codes of `pclive migrate`.
 pub mod exit {
@@ -214,7 +214,7 @@ pub struct MigrationReport {
     pub restore_us: u64,
     /// The whole migration.
     pub total_us: u64,
-    /// What the blackout was spent with.
+    /// What the migration was spent with, on both sides.
     pub phases: Vec<Phase>,
     /// CPU time of pclive at the source.
     pub source_cpu_us: u64,
@@ -255,8 +255,34 @@ pub struct Phase {
     pub name: String,
     /// Where.
     pub side: String,
-    /// When it started.
-    pub start_us: u64,
+    /// When it started, by the source's clock.
+    pub start_us: i64,
     /// How long it took.
-    pub duration_us: u64,
+    pub duration_us: i64,
+}
+
+impl MigrationReport {
+    /// When the blackout began and ended, on the clock of the phases: it ends with the phase `resume`.
+    pub fn blackout_span_us(&self) -> Option<(i64, i64)> {
+        let resume = self.phases.iter().find(|phase| phase.name == "resume")?;
+        let end_us = resume.start_us + resume.duration_us;
+        Some((end_us - self.blackout_us as i64, end_us))
+    }
+
+    /// What the blackout was spent with: the phases in it, cut to it, in the order of their begin.
+    pub fn blackout_phases(&self) -> Vec<Phase> {
+        let Some((start_us, end_us)) = self.blackout_span_us() else { return Vec::new() };
+        let inside = self.phases.iter().filter_map(|phase| {
+            let (first, last) = (phase.start_us, phase.start_us + phase.duration_us);
+            // A phase of no length at the border belongs to it as well.
+            if last < start_us || first > end_us || (last == start_us && first < start_us) {
+                return None;
+            }
+            let (first, last) = (first.max(start_us), last.min(end_us));
+            Some(Phase { start_us: first, duration_us: last - first, ..phase.clone() })
+        });
+        let mut phases: Vec<_> = inside.collect();
+        phases.sort_by_key(|phase| (phase.start_us, phase.duration_us));
+        phases
+    }
 }

@@ -104,7 +104,7 @@ fn print_report(measurement: &Measurement) {
         println!("{number:>5} {:>9} {mib:>9.1} {:>9} {ms:>9.1}", round.pages, round.dirty_pages);
     }
     println!("\nblackout {:.1} ms", migration.blackout_us as f64 / 1e3);
-    print!("{}", timeline::draw(&migration.phases));
+    print!("{}", timeline::draw(&migration.blackout_phases()));
     println!("\nanswers per second, each column 0.1 s (^ from start to end of the migration)");
     print!("{}", plot::draw(&load.throughput_10ms, measurement.migration_span_us()));
     let (before, during) = (measurement.rate_before(), measurement.rate_during());
