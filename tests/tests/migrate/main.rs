@@ -1,0 +1,6 @@
+//! Suites that move unmodified servers between the lab's hosts by the `pclive` program, while clients use them.
+
+mod failures;
+mod memcached;
+mod moved;
+mod redis;
