@@ -31,10 +31,6 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
     let fd = new_socket(address_family, SockType::Stream, socket.owner, &name)?;
     let options = defaults.differing(fd.as_fd(), family, false, &socket.options, &name)?;
     set_options(fd.as_fd(), &options, When::Birth, &name)?;
-    // Connections that the container closed when it was here before may still wait out their time on the same port.
-    // The kernel looks for them in `bind` and again in `listen`.
-    let reuse = |value| sockopt::set_int(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, value);
-    name.call("SO_REUSEADDR", reuse(1))?;
     if let Some(local) = socket.local {
         let transparent = Transparent::on(fd.as_fd(), &socket.options, &name)?;
         name.call("bind", bind(fd.as_raw_fd(), &SockaddrStorage::from(local)))?;
@@ -54,8 +50,6 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
         },
         TcpState::Closed | TcpState::Connected(_) => (),
     }
-    let wanted = find_int(&socket.options, libc::SOL_SOCKET, libc::SO_REUSEADDR).unwrap_or(0);
-    name.call("SO_REUSEADDR", reuse(wanted))?;
     set_options(fd.as_fd(), &options, When::Live, &name)?;
     Ok(fd)
 }
