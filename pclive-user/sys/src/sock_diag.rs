@@ -55,6 +55,8 @@ pub struct TcpEntry {
     pub remote: SocketAddr,
     /// Inode; 0 if no file refers to the socket.
     pub inode: u32,
+    /// How often what waits for the peer's acknowledgement was sent again.
+    pub retransmits: u8,
 }
 
 /// A handle on the socket tables of one network namespace.
@@ -144,6 +146,7 @@ fn parse_tcp(message: &[u8]) -> Option<TcpEntry> {
         local: (address(8), port(4)).into(),
         remote: (address(24), port(6)).into(),
         inode: word(&header[68..])?,
+        retransmits: header[3],
     })
 }
 

@@ -21,6 +21,12 @@
 //! A connection in an accept queue or half way through its handshake, and one that was closed and still has bytes or a
 //! FIN to deliver, belongs to no descriptor and is not captured. They are short-lived: they are reported as
 //! [`SocketError::Transient`], and the engine lets the container run on for a few milliseconds.
+//!
+//! # What is lost
+//!
+//! The kernel neither shows nor takes these: that ECN was negotiated (the connection goes on without), segments that
+//! came out of order (the peer sends them again), urgent data, MD5 and TCP-AO keys, eBPF programs of `SO_REUSEPORT`
+//! groups, and who is at the other end of a unix socket for `SO_PEERCRED` (it is pclive).
 
 pub(crate) mod options;
 mod tcp;
@@ -37,6 +43,8 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 const SO_NETNS_COOKIE: i32 = 71;
+/// A peer that did not react to so many repetitions is not waited for: the kernel itself would go on for minutes.
+const GIVEN_UP: u8 = 3;
 
 /// Why a socket was not captured.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +175,7 @@ impl SocketCapture {
         let states = [state::SYN_RECV, state::FIN_WAIT1, state::LAST_ACK, state::CLOSING];
         let mask = states.iter().fold(0, |mask, state| mask | 1 << state);
         let tcp = tables.tcp(mask).map_err(error("tcp_diag"))?;
-        let unowned = tcp.iter().filter(|entry| entry.inode == 0);
+        let unowned = tcp.iter().filter(|entry| entry.inode == 0 && entry.retransmits < GIVEN_UP);
         let own = nix::sys::socket::socket(
             nix::sys::socket::AddressFamily::Unix,
             nix::sys::socket::SockType::Stream,

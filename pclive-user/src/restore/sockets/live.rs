@@ -70,13 +70,24 @@ impl Waiting {
             name.call("shutdown", shutdown(fd.as_raw_fd(), Shutdown::Read))?;
         }
         self.buffers.settle(fd, &name)?;
-        if !self.no_delay {
-            name.call("TCP_NODELAY", no_delay(fd, false))?;
+        if name.call("SIOCOUTQNSD", sockopt::unsent_bytes(fd))? == 0 {
+            self.restore_delay(fd)?;
         }
         for (known, value) in &self.options {
             name.call(known.label, sockopt::set(fd, known.level, known.name, value))?;
         }
         Ok(())
+    }
+
+    /// Turns Nagle's algorithm on again, unless the program had turned it off.
+    ///
+    /// Not before everything has been sent, which pacing may put off a little: the algorithm would hold back the last
+    /// segment, because the small one with the probe byte is not acknowledged yet.
+    fn restore_delay(&self, fd: BorrowedFd<'_>) -> Result<(), RestoreError> {
+        if self.no_delay {
+            return Ok(());
+        }
+        Name(&self.label).call("TCP_NODELAY", no_delay(fd, false))
     }
 
     /// The peer's FIN, as it would come now.
@@ -154,24 +165,39 @@ impl LiveConnections {
     ///
     /// A connection is let go as soon as it is answered: until then closing it would have no effect.
     fn attend(mut self, patience: Duration) -> usize {
-        const FIRST_PAUSE: Duration = Duration::from_millis(2);
+        const TICK: Duration = Duration::from_millis(2);
         const LONGEST_PAUSE: Duration = Duration::from_millis(64);
-        let end = Instant::now() + patience;
-        let mut pause = FIRST_PAUSE;
+        let start = Instant::now();
+        let (mut pause, mut again) = (TICK, start + TICK);
         loop {
-            self.connections.retain(|(fd, _)| !is_answered(fd.as_fd()));
-            let left = end.saturating_duration_since(Instant::now());
-            if self.connections.is_empty() || left.is_zero() {
+            self.let_go_of_answered();
+            if self.connections.is_empty() || start.elapsed() >= patience {
                 return self.connections.len();
             }
-            std::thread::sleep(pause.min(left));
-            pause = (pause * 2).min(LONGEST_PAUSE);
-            self.connections.retain(|(fd, _)| !is_answered(fd.as_fd()));
-            for (fd, waiting) in &self.connections {
-                // As with any packet, nobody knows whether it arrives; the next one follows.
-                let _ = self.injector.send(&waiting.first_segment(timestamp(fd.as_fd())));
+            if Instant::now() >= again {
+                self.send_again();
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                again = Instant::now() + pause;
             }
+            std::thread::sleep(TICK);
         }
+    }
+
+    fn send_again(&self) {
+        for (fd, waiting) in &self.connections {
+            // As with any packet, nobody knows whether it arrives; the next one follows.
+            let _ = self.injector.send(&waiting.first_segment(timestamp(fd.as_fd())));
+        }
+    }
+
+    fn let_go_of_answered(&mut self) {
+        self.connections.retain(|(fd, waiting)| {
+            let answered = is_answered(fd.as_fd());
+            if answered && let Err(error) = waiting.restore_delay(fd.as_fd()) {
+                tracing::warn!("{error}");
+            }
+            !answered
+        });
     }
 }
 

@@ -27,6 +27,9 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
+        // Four descriptors for each of a thousand connections, in a process that may have a limit of 1024.
+        let (_, most) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, most, most).unwrap();
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let prefix = format!("pcl-sock-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let namespace = |name: &str| -> OwnedFd {
