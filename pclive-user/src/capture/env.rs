@@ -83,6 +83,13 @@ impl ContainerEnv {
         self.mounts.contains_key(&id)
     }
 
+    /// Whether the files on this mount are interfaces of the kernel.
+    pub fn is_kernel_mount(&self, id: u64) -> bool {
+        const KERNEL: [&str; 8] =
+            ["proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs"];
+        self.mounts.get(&id).is_some_and(|mount| KERNEL.contains(&mount.fs_type.as_str()))
+    }
+
     /// Where file systems of this type are mounted.
     pub fn mounts_of_type(&self, fs_type: &str) -> impl Iterator<Item = &str> {
         self.mounts.values().filter(move |mount| mount.fs_type == fs_type).map(|mount| mount.point.as_str())

@@ -44,6 +44,15 @@ pub(super) fn capture(
             "close it, or restore its name, before the migration",
         ));
     }
+    if found.access_mode() != libc::O_RDONLY
+        && type_ == SFlag::S_IFREG
+        && env.is_kernel_mount(found.open.info.mount)
+    {
+        return Err(Refusal::unsupported(
+            format!("{} belongs to the kernel and is open for writing", String::from_utf8_lossy(path)),
+            "have the program close it after use",
+        ));
+    }
     let (path, offset) = (path.to_vec(), found.open.info.pos);
     Ok(match type_ {
         SFlag::S_IFREG => DescriptionKind::Regular { path, offset, size: stat.st_size as u64 },

@@ -168,6 +168,8 @@ at(20, os.eventfd(0)); os.dup2(20, 21); epoll.register(20); os.close(20)
 at(22, os.open("/proc/self/ns/net", os.O_RDONLY))
 r, w = os.pipe(); at(23, r); at(24, w); fcntl.fcntl(23, fcntl.F_SETOWN, os.getpid())
 at(25, timerfd(0, 2e9, 0, 3))
+at(26, os.open("/proc/self/oom_score_adj", os.O_RDWR))
+for n in 27, 28: at(n, os.open(".", os.O_RDWR | os.O_TMPFILE)); os.ftruncate(n, 12 << 20)
 print("ready")
 "#,
     );
@@ -186,12 +188,14 @@ print("ready")
         (22, "net namespace"),
         (23, "F_SETOWN"),
         (25, "CANCEL_ON_SET"),
+        (26, "belongs to the kernel"),
+        (28, "12582912 bytes"),
     ] {
         let named =
             found.iter().any(|(object, reason)| *object == format!("fd {fd}") && reason.contains(part));
         assert!(named, "fd {fd} ({part}) is not in {found:#?}");
     }
-    assert_eq!(found.len(), 12, "{found:#?}");
+    assert_eq!(found.len(), 14, "{found:#?}");
 }
 
 #[test]

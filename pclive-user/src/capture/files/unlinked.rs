@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 
-/// Contents travel in the manifest, within the blackout: larger files are refused.
+/// Contents travel in the manifest, within the blackout: what exceeds this in total is refused.
 pub const MAX_UNLINKED_BYTES: u64 = 16 << 20;
 
 /// The unlinked inodes seen so far.
@@ -22,11 +22,13 @@ pub(super) struct Unlinked {
     access: Access,
     /// Number of each inode, by device and inode number.
     numbers: HashMap<(u64, u64), u32>,
+    /// Bytes of all of them.
+    total: u64,
 }
 
 impl Unlinked {
     pub fn new(access: Access) -> Self {
-        Self { access, numbers: HashMap::new() }
+        Self { access, numbers: HashMap::new(), total: 0 }
     }
 
     pub fn capture(
@@ -35,14 +37,20 @@ impl Unlinked {
         stat: &FileStat,
         env: &ContainerEnv,
     ) -> Result<DescriptionKind, Refusal> {
-        if stat.st_size as u64 > MAX_UNLINKED_BYTES {
-            return Err(Refusal::unsupported(
-                format!("an unlinked file of {} bytes; at most {MAX_UNLINKED_BYTES} are moved", stat.st_size),
-                "close it before the migration",
-            ));
-        }
         let next = self.numbers.len() as u32;
         let inode = *self.numbers.entry((stat.st_dev, stat.st_ino)).or_insert(next);
+        if inode == next {
+            self.total = self.total.saturating_add(stat.st_size as u64);
+        }
+        if self.total > MAX_UNLINKED_BYTES {
+            return Err(Refusal::unsupported(
+                format!(
+                    "an unlinked file of {} bytes; at most {MAX_UNLINKED_BYTES} are moved in all such files",
+                    stat.st_size
+                ),
+                "have the program close or truncate its temporary files",
+            ));
+        }
         let contents = match self.access {
             Access::Frozen if inode == next => read_contents(found)?,
             _ => Vec::new(),

@@ -10,7 +10,10 @@ use crate::capture::files::is_stateless;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use nix::sys::statfs::{FsType, PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs};
+use nix::sys::statfs::{
+    CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, PROC_SUPER_MAGIC, SYSFS_MAGIC, TRACEFS_MAGIC,
+    fstatfs,
+};
 use nix::unistd::{Whence, lseek};
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -100,8 +103,9 @@ fn seek(file: &OwnedFd, path: &[u8], offset: u64) -> Result<(), FileError> {
 
 /// Whether a file is an interface of the kernel. Those judge by who opened them, which here is pclive.
 fn is_kernel_file(file: &OwnedFd) -> nix::Result<bool> {
-    let type_: FsType = fstatfs(file)?.filesystem_type();
-    Ok(type_ == PROC_SUPER_MAGIC || type_ == SYSFS_MAGIC)
+    let type_ = fstatfs(file)?.filesystem_type();
+    Ok([PROC_SUPER_MAGIC, SYSFS_MAGIC, CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, TRACEFS_MAGIC]
+        .contains(&type_))
 }
 
 /// A path for people.
