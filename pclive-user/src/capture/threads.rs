@@ -234,7 +234,7 @@ fn credentials(status: &procfs::process::Status, securebits: u32) -> Credentials
     Credentials {
         uids: [status.ruid, status.euid, status.suid, status.fuid],
         gids: [status.rgid, status.egid, status.sgid, status.fgid],
-        groups: status.groups.iter().map(|&gid| gid as u32).collect(),
+        groups: status.groups.clone(),
         inheritable: status.capinh,
         permitted: status.capprm,
         effective: status.capeff,

@@ -2,7 +2,7 @@
 //! every byte must be.
 //!
 //! Each thread owns a [`Worker`] with its [regions](region): memory and a shadow of it. Whatever a thread does it does
-//! as one [operation](operations) under its [`Gate`], so that between operations memory and shadow agree. `check`
+//! as one [operation](operations) under its `Gate`, so that between operations memory and shadow agree. `check`
 //! closes all gates, which is the consistent point at which everything is compared: every byte of every region, stack
 //! frames of threads in the depth of a recursion, protections as the kernel sees them, and the same in forked children.
 //! A checker thread meanwhile compares random pages all the time. The first difference stops everything and is the
