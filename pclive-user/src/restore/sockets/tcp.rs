@@ -31,6 +31,11 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
     let fd = new_socket(address_family, SockType::Stream, socket.owner, &name)?;
     let options = defaults.differing(fd.as_fd(), family, false, &socket.options, &name)?;
     set_options(fd.as_fd(), &options, When::Birth, &name)?;
+    // A container that comes back finds connections of its earlier stay here in TIME_WAIT: they must not keep the port.
+    let reuse = |on| {
+        name.call("SO_REUSEADDR", sockopt::set_int(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, on))
+    };
+    reuse(1)?;
     if let Some(local) = socket.local {
         let transparent = Transparent::on(fd.as_fd(), &socket.options, &name)?;
         name.call("bind", bind(fd.as_raw_fd(), &SockaddrStorage::from(local)))?;
@@ -50,6 +55,7 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
         },
         TcpState::Closed | TcpState::Connected(_) => (),
     }
+    reuse(0)?;
     set_options(fd.as_fd(), &options, When::Live, &name)?;
     Ok(fd)
 }
