@@ -59,14 +59,25 @@ impl VmaReader {
     }
 
     /// The mappings now, sorted. The first one that cannot be moved is an error.
+    ///
+    /// Of a running process they may be a mixture of several moments, because the kernel gives them out piece by piece;
+    /// then they are read again the next time. Of a stopped process they are exact.
     pub fn read(&mut self) -> Result<&[Vma], VmaError> {
-        let text = read_file(&self.path("maps"))?;
-        if text != self.text {
-            let (vmas, unsupported) = self.read_all()?;
+        let before = read_file(&self.path("maps"))?;
+        if before != self.text {
+            let (mut vmas, unsupported) = self.read_all()?;
             if let Some(&(range, reason)) = unsupported.first() {
                 return Err(VmaError::Unsupported { pid: self.pid, range, reason });
             }
-            (self.text, self.vmas) = (text, vmas);
+            let mut end = VirtAddr(0);
+            vmas.retain(|vma| {
+                let follows = vma.range.start >= end;
+                end = if follows { vma.range.end() } else { end };
+                follows
+            });
+            let is_exact = read_file(&self.path("maps"))? == before;
+            self.text = if is_exact { before } else { Vec::new() };
+            self.vmas = vmas;
         }
         Ok(&self.vmas)
     }
@@ -125,7 +136,7 @@ impl VmaReader {
         }
         match &map.pathname {
             MMapPath::Vsyscall => Ok(None),
-            MMapPath::Path(path) => self.file_backing(path, map, range, shared).map(Some),
+            MMapPath::Path(path) => self.file_backing(path, map, range, shared),
             MMapPath::Vsys(_) => Err("System V shared memory"),
             _ if shared => Err("shared anonymous memory"),
             MMapPath::Anonymous | MMapPath::Heap | MMapPath::Stack | MMapPath::TStack(_) => {
@@ -144,7 +155,7 @@ impl VmaReader {
         map: &MemoryMap,
         range: PageRange,
         shared: bool,
-    ) -> Result<Backing, &'static str> {
+    ) -> Result<Option<Backing>, &'static str> {
         let name = path.as_os_str().as_bytes();
         if name.starts_with(b"/dev/zero") || name.starts_with(b"/memfd:") || name.starts_with(b"/dev/shm/") {
             return Err("shared memory (memfd, /dev/shm or MAP_SHARED of /dev/zero)");
@@ -157,12 +168,17 @@ impl VmaReader {
         }
         // The mapped file itself, whatever the path names by now.
         let mapped = self.path(&format!("map_files/{:x}-{:x}", range.start.0, range.end().0));
-        let metadata = std::fs::metadata(mapped).map_err(|_| "a mapped file that cannot be looked at")?;
+        let metadata = match std::fs::metadata(mapped) {
+            Ok(metadata) => metadata,
+            // Unmapped since the list was read, or only a part of it.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(_) => return Err("a mapped file that cannot be looked at"),
+        };
         if !metadata.is_file() {
             return Err("a mapping of something that is not a regular file");
         }
         let path = path.as_os_str().to_owned().into_vec();
-        Ok(Backing::File { path, offset: map.offset, shared, size: metadata.len() })
+        Ok(Some(Backing::File { path, offset: map.offset, shared, size: metadata.len() }))
     }
 }
 

@@ -56,10 +56,10 @@ pub fn unmap(script: &mut Script, range: PageRange) {
     script.call(format!("munmap {range}"), libc::SYS_munmap, [range.start.into(), range.bytes().into()]);
 }
 
-/// Appends the calls that drop pages which are no longer there at the source.
+/// Appends the calls that drop pages which are no longer there at the source, locked ones too (Linux 5.18).
 pub fn drop_pages(script: &mut Script, ranges: &[PageRange]) {
     for range in ranges {
-        advice(script, *range, libc::MADV_DONTNEED);
+        advice(script, *range, libc::MADV_DONTNEED_LOCKED);
     }
 }
 

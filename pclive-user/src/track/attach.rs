@@ -11,7 +11,9 @@
 //! unprotected, and the scan returns all of them. Nothing depends on having seen the `mmap`.
 //!
 //! What has vanished (`munmap`, `MADV_DONTNEED`) is found once, after the freeze, as the difference between the pages sent
-//! and the pages there are.
+//! and the pages there are. In a mapping of a file the kernel leaves a mark where a protected page was
+//! (`pte_marker_uffd_wp`), which a scan cannot tell from a page in swap: there, whatever is not present is simply read,
+//! and sent again as what the process would see.
 
 use super::pageset::PageSet;
 use crate::capture::SourceProcess;
@@ -174,15 +176,28 @@ impl TrackedProcess {
     /// The last round, with every thread stopped: nothing is protected, and pages that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
         self.check_alive(layout)?;
-        let mut found: Vec<Region> = Vec::new();
+        let (mut found, mut there) = (Vec::new(), Vec::new());
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
+            let first = found.len();
             self.pagemap.scan(vma.range, POPULATED, &mut found)?;
+            let marks = vma.backing != Backing::Anonymous;
+            let is_there = |region: &&Region| !marks || region.categories.has(Categories::PRESENT);
+            there.extend(found[first..].iter().filter(is_there).map(|region| region.range));
         }
-        let populated: PageSet = found.iter().map(|region| region.range).collect();
-        found.retain(|region| region.categories.has(Categories::WRITTEN));
+        let populated: PageSet = there.into_iter().collect();
+        found.retain(|region: &Region| region.categories.has(Categories::WRITTEN));
         self.populated_of_new(layout, &mut found)?;
-        let written = found.iter().map(|region| region.range).collect();
-        Ok(Dirty { written, absent: self.sent.difference(&populated) })
+        let written: PageSet = found.iter().map(|region| region.range).collect();
+        let of = |anonymous: bool| -> PageSet {
+            let wanted = |vma: &&Vma| has_own_pages(vma) && (vma.backing == Backing::Anonymous) == anonymous;
+            layout.iter().filter(wanted).map(|vma| vma.range).collect()
+        };
+        // What is no longer mapped goes away with its mapping.
+        let vanished = self.sent.difference(&populated);
+        Ok(Dirty {
+            written: written.union(&vanished.intersection(&of(false))),
+            absent: vanished.intersection(&of(true)),
+        })
     }
 
     /// `ESRCH` if the process has executed another program since: then `layout` is that of an address space which this
@@ -219,9 +234,13 @@ const WRITTEN: Filter = Filter {
     report: Categories::WRITTEN,
 };
 
-/// Populated pages that differ from what backs them, and whether they were written.
-const POPULATED: Filter =
-    Filter { all: Categories::NONE, any: RESIDENT, without: Categories::FILE, report: Categories::WRITTEN };
+/// Populated pages that differ from what backs them, whether they were written, and whether they are in memory.
+const POPULATED: Filter = Filter {
+    all: Categories::NONE,
+    any: RESIDENT,
+    without: Categories::FILE,
+    report: Categories::WRITTEN.or(Categories::PRESENT),
+};
 
 /// Whether a mapping has pages of its own, which must travel.
 pub fn has_own_pages(vma: &Vma) -> bool {

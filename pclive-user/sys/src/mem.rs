@@ -1,8 +1,10 @@
 //! Reading and writing the memory of other processes.
 
 use crate::{Error, Result, check};
+use nix::errno::Errno;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 
 /// Most ranges that one `process_vm_readv(2)` takes (`UIO_MAXIOV`).
@@ -54,14 +56,14 @@ impl ProcessMemory {
         loop {
             match self.mem.write_at(bytes, addr.0) {
                 Ok(written) => return Ok(written),
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(source) => return Err(Error::Memory { access: "write", pid: self.pid, addr, source }),
             }
         }
     }
 
     /// Reads the pages of `ranges`, one after the other, into `buffer`. Returns the pages that could not be read because
-    /// they were unmapped meanwhile (indices into the sequence of all pages); their bytes in `buffer` are undefined.
+    /// they were unmapped meanwhile, or the process has ended (indices into the sequence of all pages); their bytes in `buffer` are undefined.
     pub fn read_pages(&self, ranges: &[PageRange], buffer: &mut [u8]) -> Result<Vec<usize>> {
         let total: u64 = ranges.iter().map(|r| r.bytes()).sum();
         assert!(buffer.len() as u64 >= total, "buffer too small for {total} bytes");
@@ -79,8 +81,12 @@ impl ProcessMemory {
             match check("process_vm_readv", self.pid, got as i64) {
                 Ok(bytes) if bytes as u64 >= PAGE_SIZE => done += bytes as u64 / PAGE_SIZE * PAGE_SIZE,
                 Ok(_) => self.read_page_forced(ranges, &mut done, buffer, &mut missing)?,
-                Err(e) if e.errno() == Some(nix::errno::Errno::EFAULT) => {
+                Err(e) if e.errno() == Some(Errno::EFAULT) => {
                     self.read_page_forced(ranges, &mut done, buffer, &mut missing)?
+                }
+                Err(e) if e.errno() == Some(Errno::ESRCH) => {
+                    missing.extend((done / PAGE_SIZE) as usize..(total / PAGE_SIZE) as usize);
+                    done = total;
                 }
                 Err(e) => return Err(e),
             }
@@ -100,7 +106,10 @@ impl ProcessMemory {
         let page = &mut buffer[*done as usize..(*done + PAGE_SIZE) as usize];
         match self.read(addr, page) {
             Ok(()) => {}
-            Err(Error::Memory { source, .. }) if source.raw_os_error() == Some(libc::EIO) => {
+            // Unmapped, or no address space any more.
+            Err(Error::Memory { source, .. })
+                if source.raw_os_error() == Some(libc::EIO) || source.kind() == ErrorKind::UnexpectedEof =>
+            {
                 missing.push((*done / PAGE_SIZE) as usize);
             }
             Err(e) => return Err(e),
