@@ -14,6 +14,8 @@ pub struct Report {
     pub container: String,
     /// One entry for each round; the last is the one after the freeze.
     pub rounds: Vec<RoundReport>,
+    /// What eBPF saw during the rounds; zeros in the tier that only scans.
+    pub observed: Observed,
     /// Pages that were zero and travelled without contents.
     pub zero_pages: u64,
     /// Bytes sent on the page streams.
@@ -66,4 +68,17 @@ pub struct ZerocopyReport {
     pub sends: u64,
     /// Of these, sends that the kernel copied all the same.
     pub copied: u64,
+}
+
+/// What the tracker's eBPF programs saw.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Observed {
+    /// Write faults.
+    pub writes: u64,
+    /// Changes of address spaces and of the process tree.
+    pub changes: u64,
+    /// Events that did not fit the buffers. The dirty sets come from scans, so no page is lost with them.
+    pub lost: u64,
+    /// Pages written at least once.
+    pub working_set_pages: u64,
 }

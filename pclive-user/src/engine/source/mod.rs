@@ -20,7 +20,8 @@ use crate::capture::{Access, Obstacle, Obstacles};
 use crate::host::{self, HostError};
 use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
-use crate::track::Tier;
+use crate::track::observer::ObserveError;
+use crate::track::{Heat, Tier, WriteObserver};
 use crate::transport::{self, Cancellation, PageSender, SourceChannel};
 use nix::sys::resource::UsageWho;
 use pclive_wire::Round;
@@ -87,6 +88,8 @@ pub enum MigrateError {
     #[error(transparent)]
     Links(#[from] LinkError),
     #[error(transparent)]
+    Observe(#[from] ObserveError),
+    #[error(transparent)]
     Send(#[from] SendError),
     #[error("cannot survey the container")]
     Preflight(#[from] PreflightError),
@@ -123,6 +126,9 @@ struct Migration<'a> {
     links: Links,
     channel: SourceChannel,
     sender: PageSender,
+    /// Sees every write as it happens; none in the tier that only scans.
+    observer: Option<WriteObserver>,
+    heat: Heat,
     round: Round,
     report: Report,
 }
@@ -158,6 +164,8 @@ pub fn migrate(
     }
     let sender = PageSender::connect(options.to, accepted.token, 0, None)?;
     let links = Links::open(container.env().netns.as_fd())?;
+    let source = options.tracker.fault_source();
+    let observer = source.map(|source| WriteObserver::attach(container.cgroup(), source)).transpose()?;
     let mut migration = Migration {
         options,
         runtime,
@@ -168,6 +176,8 @@ pub fn migrate(
         links,
         channel,
         sender,
+        observer,
+        heat: Heat::default(),
         round: Round(0),
         report: std::mem::take(report),
     };
@@ -184,15 +194,29 @@ fn preflight(options: &Options, runtime: &dyn Runtime) -> Result<Container, Migr
         (Status::Running, Some(init)) => init,
         (status, _) => return Err(MigrateError::NotRunning(state.id, status)),
     };
-    let container = Container::open(init)?;
+    let mut container = Container::open(init)?;
+    let mut obstacles = survey_all(&container)?;
+    for _ in 0..SURVEYS {
+        if obstacles.is_empty() {
+            return Ok(container);
+        }
+        std::thread::sleep(BETWEEN_SURVEYS);
+        container.refresh()?;
+        obstacles = survey_all(&container)?;
+    }
+    Err(MigrateError::Obstacles(obstacles))
+}
+
+/// How often a container with obstacles is looked at again: processes come and go while it is surveyed, and one that is
+/// missing looks like somebody outside to those it shares a pipe or a socket with.
+const SURVEYS: u32 = 5;
+const BETWEEN_SURVEYS: Duration = Duration::from_millis(20);
+
+fn survey_all(container: &Container) -> Result<Vec<Obstacle>, MigrateError> {
     let mut obstacles = Obstacles::default();
     survey(container.processes(), container.env(), &mut obstacles)?;
     capture_files(container.processes(), container.env(), Access::Survey, &mut obstacles)?;
-    let obstacles = obstacles.into_sorted();
-    match obstacles.is_empty() {
-        true => Ok(container),
-        false => Err(MigrateError::Obstacles(obstacles)),
-    }
+    Ok(obstacles.into_sorted())
 }
 
 impl Migration<'_> {

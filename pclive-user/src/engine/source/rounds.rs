@@ -30,11 +30,25 @@ impl Migration<'_> {
         while decide(&left, &bandwidth, &limits) == Decision::Round {
             self.cancellation.check()?;
             let report = self.round()?;
+            self.observe()?;
             bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us));
             let pages = self.container.count_written()?;
             self.progress.round_over(&report, predicted_blackout(pages, &bandwidth, &limits));
             left.push(pages);
         }
+        Ok(())
+    }
+
+    /// Takes in what the eBPF programs have seen since the last round. What they lost costs nothing but detail: the dirty
+    /// sets come from scans.
+    fn observe(&mut self) -> Result<(), MigrateError> {
+        let Some(observer) = &mut self.observer else { return Ok(()) };
+        let drained = observer.drain()?;
+        self.heat.absorb(&drained);
+        self.report.observed.writes += drained.writes.len() as u64;
+        self.report.observed.changes += drained.changes.len() as u64;
+        self.report.observed.lost += drained.lost.writes + drained.lost.changes;
+        self.report.observed.working_set_pages = self.heat.working_set(Duration::ZERO);
         Ok(())
     }
 
