@@ -4,7 +4,7 @@ use super::SourceProcess;
 use pclive_sys::pidfd::pidfd_open;
 use pclive_wire::{HostPid, NsPid};
 use procfs::process::{Process as ProcfsProcess, Stat, Status};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Why the process tree could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -133,4 +133,26 @@ pub fn read_threads(pid: HostPid) -> Result<Vec<(HostPid, NsPid)>, TreeError> {
 pub fn namespace_tid(pid: HostPid, tid: HostPid) -> Option<NsPid> {
     let task = ProcfsProcess::new(pid.0).ok()?.task_from_tid(tid.0).ok()?;
     task.status().ok()?.nspid?.last().copied().map(NsPid)
+}
+
+/// Processes that have ended and that their parents have not yet waited for, as (parent, child). The container's
+/// processes must be stopped, or the answer is old when it comes.
+pub fn unreaped(processes: &[SourceProcess]) -> Result<Vec<(NsPid, HostPid)>, TreeError> {
+    let known: HashSet<HostPid> = processes.iter().map(|process| process.pid).collect();
+    let mut found = Vec::new();
+    for process in processes {
+        let pid = process.pid;
+        let children = || -> procfs::ProcResult<Vec<HostPid>> {
+            let mut children = Vec::new();
+            for task in ProcfsProcess::new(pid.0)?.tasks()? {
+                children.extend(task?.children()?.into_iter().map(|child| HostPid(child as i32)));
+            }
+            Ok(children)
+        };
+        let children = children().map_err(|source| TreeError::Proc { pid, source })?;
+        found.extend(
+            children.into_iter().filter(|child| !known.contains(child)).map(|child| (process.ns_pid, child)),
+        );
+    }
+    Ok(found)
 }

@@ -5,6 +5,7 @@ use super::{MigrateError, Migration, STEP};
 use crate::capture::files::{CapturedFiles, capture_files};
 use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
+use crate::capture::tree::unreaped;
 use crate::capture::{Access, Obstacles};
 use pclive_wire::Round;
 use pclive_wire::control::{DestinationMessage, RunningReport, SourceMessage};
@@ -88,6 +89,13 @@ impl Migration<'_> {
         stopped: &[StoppedProcess],
     ) -> Result<Result<SocketCapture, Vec<String>>, MigrateError> {
         let start = Instant::now();
+        let unreaped = unreaped(self.container.processes()).map_err(super::ContainerError::from)?;
+        if !unreaped.is_empty() {
+            let reason = |(parent, child)| {
+                format!("process {parent} has not yet waited for its child {child}, which ended")
+            };
+            return Ok(Err(unreaped.into_iter().map(reason).collect()));
+        }
         self.clock.enter("last dirty pages");
         let dirty = self.container.last_round(stopped)?;
         let (layouts, dirty): (Vec<Process>, Vec<_>) = dirty.into_iter().unzip();

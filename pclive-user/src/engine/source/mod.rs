@@ -195,20 +195,19 @@ fn preflight(options: &Options, runtime: &dyn Runtime) -> Result<Container, Migr
         (status, _) => return Err(MigrateError::NotRunning(state.id, status)),
     };
     let mut container = Container::open(init)?;
-    let mut obstacles = survey_all(&container)?;
     for _ in 0..SURVEYS {
-        if obstacles.is_empty() {
+        if survey_all(&container).is_ok_and(|obstacles| obstacles.is_empty()) {
             return Ok(container);
         }
         std::thread::sleep(BETWEEN_SURVEYS);
         container.refresh()?;
-        obstacles = survey_all(&container)?;
     }
-    Err(MigrateError::Obstacles(obstacles))
+    let obstacles = survey_all(&container)?;
+    if obstacles.is_empty() { Ok(container) } else { Err(MigrateError::Obstacles(obstacles)) }
 }
 
-/// How often a container with obstacles is looked at again: processes come and go while it is surveyed, and one that is
-/// missing looks like somebody outside to those it shares a pipe or a socket with.
+/// How often a container with obstacles is looked at again: processes come and go while it is surveyed, one that ends
+/// cannot be read, and one that is missing looks like somebody outside to those it shares a pipe or a socket with.
 const SURVEYS: u32 = 5;
 const BETWEEN_SURVEYS: Duration = Duration::from_millis(20);
 
