@@ -102,7 +102,7 @@ fn conclude(result: &Result<(), MigrateError>, report: &mut Report) -> ExitCode 
     report.error = Some(text.clone());
     let (result, code) = match error {
         MigrateError::Obstacles(_) => ("failed", exit::OBSTACLES),
-        MigrateError::Unknown(_) | MigrateError::FailedAfterCommit(_) => ("unknown", exit::UNKNOWN),
+        MigrateError::Unknown(_) => ("unknown", exit::UNKNOWN),
         MigrateError::Remains(_) => ("running", 0),
         _ => ("failed", exit::FAILED),
     };

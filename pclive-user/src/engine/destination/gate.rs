@@ -4,6 +4,7 @@
 //! A round is complete when every stream has brought its barrier. Pages that are to be applied later wait in one backlog
 //! for all streams, in the order of their arrival.
 
+use crate::policy::mode::{applies_on_arrival, backlog_is_due};
 use crate::restore::skeleton::SharedPlacements;
 use crate::transport::{Batch, PageEvent, PageReceiver};
 use pclive_wire::control::{ApplyMode, RoundSummary};
@@ -134,11 +135,7 @@ impl Gate {
 
     /// Places the backlog, if the policy says that its time has come with the end of `round`.
     pub fn settle(&self, round: Round, last: bool) -> Result<(), PageError> {
-        let due = match self.apply {
-            ApplyMode::OnArrival | ApplyMode::AtRoundEnd => round.0 + 1 >= self.restore_from.0 || last,
-            ApplyMode::AtFreeze => last,
-        };
-        if due {
+        if backlog_is_due(self.apply, self.restore_from, round, last) {
             let backlog = std::mem::take(&mut self.lock().backlog);
             for batch in backlog {
                 self.place(&batch)?;
@@ -187,7 +184,7 @@ impl Gate {
             state.absent.push((batch.process, run.range));
         }
         drop(state);
-        if self.apply == ApplyMode::OnArrival && round >= self.restore_from {
+        if applies_on_arrival(self.apply, self.restore_from, round) {
             return self.place(&batch);
         }
         let kept = batch.keep()?;

@@ -7,6 +7,7 @@ pub use gate::PageError;
 
 use super::clock::Clock;
 use super::usage::{cpu_time, peak_rss_bytes};
+use crate::handoff::{self, DestinationAction, DestinationEvent, DestinationState, Reason};
 use crate::host::{self, HostError};
 use crate::restore::Sandbox;
 use crate::restore::files::{FileError, OpenedFiles, open_files};
@@ -66,12 +67,9 @@ pub enum DestinationError {
     /// The source says that it sent other pages than arrived.
     #[error("pages are missing: sent {sent:?}, arrived {arrived:?}")]
     Incomplete { sent: RoundSummary, arrived: RoundSummary },
-    /// The source did what the protocol does not allow.
-    #[error("protocol violation: {message} in state {state}")]
-    Protocol { state: &'static str, message: String },
-    /// The source gave up.
-    #[error("the source gave up: {0}")]
-    Aborted(pclive_wire::control::AbortReason),
+    /// The source gave up, or did what the protocol does not allow.
+    #[error("the handoff ended")]
+    Handoff(#[source] Reason),
 }
 
 impl DestinationError {
@@ -80,9 +78,6 @@ impl DestinationError {
         match self {
             Self::Incomplete { sent, arrived } => {
                 RemoteError::RoundIncomplete { sent: *sent, arrived: *arrived }
-            }
-            Self::Protocol { state, message } => {
-                RemoteError::Protocol { state: (*state).into(), message: message.clone() }
             }
             other => RemoteError::Failed(Failure::from_error(other)),
         }
@@ -122,21 +117,23 @@ impl Destination {
 
     /// Carries out one migration, to its end.
     pub fn migrate(&self, incoming: Incoming) -> Result<Ended, DestinationError> {
-        let Incoming { proposal, mut channel, session, cancellation: _ } = incoming;
+        let Incoming { proposal, channel, session, cancellation: _ } = incoming;
+        let mut peer = Peer { channel, handoff: handoff::Destination::default() };
         let bundle = match self.consider(&proposal) {
             Ok(bundle) => bundle,
             Err(refusal) => {
-                channel.send(&DestinationMessage::Rejected(refusal.clone()))?;
+                peer.tell(DestinationEvent::Refused(refusal.clone()));
                 return Ok(Ended::Rejected(refusal));
             }
         };
         let facts = host::facts()?;
-        channel.send(&DestinationMessage::Accepted(Accepted { token: session.token(), facts }))?;
-        let built = Building::start(self, &bundle, &proposal, &mut channel, &session)
-            .and_then(|building| building.run(&mut channel));
+        peer.note(DestinationEvent::Prepared)?;
+        peer.channel.send(&DestinationMessage::Accepted(Accepted { token: session.token(), facts }))?;
+        let built =
+            Building::start(self, &bundle, &proposal, &session).and_then(|building| building.run(&mut peer));
         match built {
             Ok(restore_us) => Ok(Ended::Running { restore_us }),
-            Err(error) => Ok(self.undo(&bundle, &mut channel, error)),
+            Err(error) => Ok(self.undo(&bundle, &mut peer, error)),
         }
     }
 
@@ -159,20 +156,52 @@ impl Destination {
     }
 
     /// Removes what was made, and tells the source.
-    fn undo(&self, bundle: &Bundle, channel: &mut DestinationChannel, error: DestinationError) -> Ended {
-        let cleanup = self.runtime.delete(bundle.id()).err();
-        let message = match (&error, &cleanup) {
-            (DestinationError::Aborted(_), None) => DestinationMessage::Removed,
-            (_, None) => DestinationMessage::Failed(error.to_remote()),
-            (_, Some(cleanup)) => DestinationMessage::Failed(RemoteError::NotCleanedUp {
-                error: Failure::from_error(&error),
-                cleanup: Failure::from_error(cleanup),
-            }),
-        };
-        if let Err(lost) = channel.send(&message) {
-            tracing::debug!("the source cannot be told: {lost}");
+    fn undo(&self, bundle: &Bundle, peer: &mut Peer, error: DestinationError) -> Ended {
+        if !matches!(peer.handoff.state(), DestinationState::Removing(_)) {
+            peer.tell(DestinationEvent::Failed(error.to_remote()));
         }
+        let cleanup = self.runtime.delete(bundle.id()).err();
+        peer.tell(match &cleanup {
+            None => DestinationEvent::Removed,
+            Some(cleanup) => DestinationEvent::Failed(RemoteError::Failed(Failure::from_error(cleanup))),
+        });
         Ended::Failed(error, cleanup)
+    }
+}
+
+/// The source, and what it may still do.
+struct Peer {
+    channel: DestinationChannel,
+    handoff: handoff::Destination,
+}
+
+impl Peer {
+    /// The source's next message, if it may come now.
+    fn recv(&mut self) -> Result<SourceMessage, DestinationError> {
+        let message = self.channel.recv(NEXT_MESSAGE)?;
+        self.note(DestinationEvent::from(&message))?;
+        Ok(message)
+    }
+
+    /// Tells the handoff what happened; it is an error if the migration cannot go on. To run or to remove the container,
+    /// which the handoff may ask for, is what the caller goes on with.
+    fn note(&mut self, event: DestinationEvent) -> Result<(), DestinationError> {
+        self.tell(event);
+        match self.handoff.state() {
+            DestinationState::Removing(reason) => Err(DestinationError::Handoff(reason.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same, with the migration ending anyway.
+    fn tell(&mut self, event: DestinationEvent) {
+        for action in self.handoff.on(event) {
+            if let DestinationAction::Send(message) = action
+                && let Err(lost) = self.channel.send(&message)
+            {
+                tracing::warn!("the source cannot be told: {lost}");
+            }
+        }
     }
 }
 
@@ -197,10 +226,8 @@ impl Building {
         destination: &Destination,
         bundle: &Bundle,
         proposal: &Proposal,
-        channel: &mut DestinationChannel,
         session: &Session,
     ) -> Result<Self, DestinationError> {
-        let _ = channel;
         let receivers = session.streams(PAGE_STREAMS)?;
         let mut clock = Clock::start(Side::Destination);
         clock.enter("sandbox");
@@ -230,27 +257,24 @@ impl Building {
     }
 
     /// Follows the source's messages to the end. Returns `restore_us`.
-    fn run(mut self, channel: &mut DestinationChannel) -> Result<u64, DestinationError> {
+    fn run(mut self, peer: &mut Peer) -> Result<u64, DestinationError> {
         let last = loop {
-            match channel.recv(NEXT_MESSAGE)? {
+            match peer.recv()? {
                 SourceMessage::Manifest(manifest) if manifest.last => break manifest,
-                SourceMessage::Manifest(manifest) => self.reconcile(&manifest, channel)?,
-                SourceMessage::RoundEnd(sent) => self.end_round(sent, channel)?,
-                SourceMessage::Abort(reason) => return Err(DestinationError::Aborted(reason)),
-                other => return Err(unexpected("rounds", &other)),
+                SourceMessage::Manifest(manifest) => self.reconcile(&manifest, &mut peer.channel)?,
+                SourceMessage::RoundEnd(sent) => self.end_round(sent, peer)?,
+                SourceMessage::Commit | SourceMessage::Abort(_) | SourceMessage::Destroyed => {}
             }
         };
         self.clock.enter("restore");
         let received = Instant::now();
         self.build(&last)?;
-        channel.send(&DestinationMessage::Ready)?;
+        peer.note(DestinationEvent::Built)?;
         self.clock.enter("wait for commit");
-        match channel.recv(NEXT_MESSAGE)? {
-            SourceMessage::Commit => {}
-            SourceMessage::Abort(reason) => return Err(DestinationError::Aborted(reason)),
-            other => return Err(unexpected("ready", &other)),
+        while *peer.handoff.state() == DestinationState::Ready {
+            peer.recv()?;
         }
-        self.resume(channel, received)
+        self.resume(peer, received)
     }
 
     fn reconcile(
@@ -265,11 +289,7 @@ impl Building {
         Ok(channel.send(&DestinationMessage::Reconciled { round: manifest.round, duration_us })?)
     }
 
-    fn end_round(
-        &mut self,
-        sent: RoundSummary,
-        channel: &mut DestinationChannel,
-    ) -> Result<(), DestinationError> {
+    fn end_round(&mut self, sent: RoundSummary, peer: &mut Peer) -> Result<(), DestinationError> {
         let arrived = self.gate.wait_for_round(sent.round, self.streams.len(), ROUND_END)?;
         if arrived != sent {
             return Err(DestinationError::Incomplete { sent, arrived });
@@ -280,7 +300,8 @@ impl Building {
             pages: arrived.pages,
             apply_us: self.gate.take_apply_time().as_micros() as u64,
         };
-        Ok(channel.send(&DestinationMessage::RoundApplied(applied))?)
+        peer.note(DestinationEvent::RoundApplied(sent.round))?;
+        Ok(peer.channel.send(&DestinationMessage::RoundApplied(applied))?)
     }
 
     /// Everything up to the point where the container only needs to be let go.
@@ -301,12 +322,8 @@ impl Building {
     }
 
     /// Behind the point of no return: the container is this host's, whatever happens to the connection.
-    fn resume(
-        mut self,
-        channel: &mut DestinationChannel,
-        received: Instant,
-    ) -> Result<u64, DestinationError> {
-        channel.shield();
+    fn resume(mut self, peer: &mut Peer, received: Instant) -> Result<u64, DestinationError> {
+        peer.channel.shield();
         let commit_received_us = self.clock.now_us();
         self.clock.enter("links up");
         self.links.bring_up()?;
@@ -325,6 +342,7 @@ impl Building {
             skeleton.release()?;
         }
         let restore_us = received.elapsed().as_micros() as u64;
+        peer.note(DestinationEvent::Running)?;
         self.clock.leave();
         let report = RunningReport {
             restore_us,
@@ -334,7 +352,7 @@ impl Building {
             cpu_us: 0,
             peak_rss_bytes: peak_rss_bytes(),
         };
-        if let Err(lost) = channel.send(&DestinationMessage::Running(Box::new(report))) {
+        if let Err(lost) = peer.channel.send(&DestinationMessage::Running(Box::new(report))) {
             tracing::warn!("the container runs here, but the source cannot be told: {lost}");
         }
         Ok(restore_us)
@@ -361,17 +379,6 @@ impl Drop for Building {
             }
         }
     }
-}
-
-fn unexpected(state: &'static str, message: &SourceMessage) -> DestinationError {
-    let message = match message {
-        SourceMessage::Manifest(_) => "manifest",
-        SourceMessage::RoundEnd(_) => "end of a round",
-        SourceMessage::Commit => "commit",
-        SourceMessage::Abort(_) => "abort",
-        SourceMessage::Destroyed => "destroyed",
-    };
-    DestinationError::Protocol { state, message: message.into() }
 }
 
 /// Has the runtime make the container with pclive's init in it.

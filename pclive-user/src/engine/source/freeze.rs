@@ -7,8 +7,9 @@ use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
 use crate::capture::{Access, Obstacles};
+use crate::handoff::SourceEvent;
 use pclive_wire::Round;
-use pclive_wire::control::{DestinationMessage, RunningReport, SourceMessage};
+use pclive_wire::control::{DestinationMessage, RunningReport};
 use pclive_wire::manifest::{Manifest, Process};
 use std::time::{Duration, Instant};
 
@@ -19,32 +20,30 @@ const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(5);
 /// How long the cgroup's freezer may take: every thread stands still already.
 const FREEZER: Duration = Duration::from_secs(2);
 
-/// The frozen container, whose state has been sent.
+/// The container while it does not run.
 pub(super) struct Frozen {
-    stopped: Vec<StoppedProcess>,
-    sockets: SocketCapture,
-    frozen_us: i64,
+    pub(super) stopped: Vec<StoppedProcess>,
+    /// Its sockets, once its state has been sent.
+    pub(super) sockets: Option<SocketCapture>,
+    pub(super) frozen_us: i64,
 }
 
-/// The container runs at the destination; this is what is left here.
+/// The container runs at the destination.
 pub(super) struct Handed {
-    pub(super) stopped: Vec<StoppedProcess>,
-    pub(super) sockets: SocketCapture,
-    pub(super) frozen_us: i64,
     pub(super) commit_sent_us: i64,
     pub(super) running_received_us: i64,
     pub(super) report: Box<RunningReport>,
 }
 
 impl Migration<'_> {
-    /// Stops the container and sends everything that is left. On failure it runs again.
-    pub(super) fn freeze(&mut self) -> Result<Frozen, MigrateError> {
+    /// Stops the container and sends everything that is left.
+    pub(super) fn freeze(&mut self) -> Result<(), MigrateError> {
         self.progress.freezing();
         let mut transient = Vec::new();
         for _attempt in 0..ATTEMPTS {
             self.cancellation.check()?;
             match self.try_freeze()? {
-                Ok(frozen) => return Ok(frozen),
+                Ok(()) => return Ok(()),
                 Err(reasons) => transient = reasons,
             }
             std::thread::sleep(BETWEEN_ATTEMPTS);
@@ -52,36 +51,42 @@ impl Migration<'_> {
         Err(MigrateError::Transient(transient))
     }
 
-    /// One attempt. The inner error tells of states that pass.
-    fn try_freeze(&mut self) -> Result<Result<Frozen, Vec<String>>, MigrateError> {
+    /// One attempt. The inner error tells of states that pass; the container runs again then.
+    fn try_freeze(&mut self) -> Result<Result<(), Vec<String>>, MigrateError> {
+        self.note(SourceEvent::Freeze)?;
         self.clock.enter("stop threads");
         let frozen_us = self.clock.now_us();
         let stopped = self.container.stop()?;
-        match self.send_frozen(&stopped) {
-            Ok(Ok(sockets)) => Ok(Ok(Frozen { stopped, sockets, frozen_us })),
-            Ok(Err(transient)) => {
-                self.resume(stopped)?;
-                Ok(Err(transient))
+        let sent = self.send_frozen(&stopped);
+        let frozen = self.frozen.insert(Frozen { stopped, sockets: None, frozen_us });
+        match sent? {
+            Ok(sockets) => {
+                frozen.sockets = Some(sockets);
+                Ok(Ok(()))
             }
-            Err(error) => {
-                if let Err(also) = self.resume(stopped) {
-                    tracing::error!("the container cannot be let go: {also}");
-                }
-                Err(error)
+            Err(transient) => {
+                self.resume()?;
+                self.note(SourceEvent::Thawed)?;
+                Ok(Err(transient))
             }
         }
     }
 
-    /// Lets the container run on here.
-    fn resume(&mut self, stopped: Vec<StoppedProcess>) -> Result<(), MigrateError> {
+    /// Lets the container run on here. One thing that fails does not keep the others from being done.
+    pub(super) fn resume(&mut self) -> Result<(), MigrateError> {
         self.clock.enter("resume at the source");
-        self.links.restore()?;
-        for process in stopped {
+        let thawed = self.container.cgroup().thaw(FREEZER).map_err(super::ContainerError::Cgroup);
+        let up = self.links.restore();
+        let stopped = self.frozen.take().map(|frozen| frozen.stopped).unwrap_or_default();
+        let resume = |process: StoppedProcess| {
             let pid = process.pid;
-            process.resume().map_err(|source| super::ContainerError::Stop { pid, source })?;
-        }
+            process.resume().map_err(|source| super::ContainerError::Stop { pid, source })
+        };
+        let resumed: Vec<_> = stopped.into_iter().map(resume).collect();
         self.clock.leave();
-        Ok(())
+        thawed?;
+        up?;
+        Ok(resumed.into_iter().collect::<Result<(), _>>()?)
     }
 
     fn send_frozen(
@@ -103,7 +108,7 @@ impl Migration<'_> {
         let dirty_pages = dirty.iter().map(|dirty| dirty.written.pages()).sum();
         let manifest =
             Manifest { round: self.round, last: false, processes: layouts, descriptions: Vec::new() };
-        self.channel.send(&SourceMessage::Manifest(Box::new(manifest)))?;
+        self.send_manifest(manifest)?;
         let memories: Vec<_> = pids
             .iter()
             .map(|&pid| pclive_sys::mem::ProcessMemory::open(self.host_pid(pid)))
@@ -157,7 +162,7 @@ impl Migration<'_> {
                 state.fds = table;
             }
         }
-        self.channel.send(&SourceMessage::Manifest(Box::new(manifest)))?;
+        self.send_manifest(manifest)?;
         self.round = Round(self.round.0 + 1);
         self.clock.enter("wait for ready");
         self.expect(STEP, |message| match message {
@@ -167,44 +172,22 @@ impl Migration<'_> {
         Ok(sockets)
     }
 
-    /// Hands the container over. Before the commit a failure lets it run here; behind it, never.
-    pub(super) fn hand_off(&mut self, frozen: Frozen) -> Result<Box<Handed>, MigrateError> {
-        let Frozen { stopped, sockets, frozen_us } = frozen;
+    /// Hands the container over.
+    pub(super) fn hand_off(&mut self) -> Result<Handed, MigrateError> {
         self.clock.enter("commit");
+        self.cancellation.check()?;
         // From here on the container stays frozen even if pclive dies.
-        let commit = self.cancellation.check().map_err(MigrateError::from).and_then(|()| {
-            self.container.cgroup().freeze(FREEZER).map_err(|e| super::ContainerError::Cgroup(e).into())
-        });
-        if let Err(error) = commit {
-            if let Err(also) = self.container.cgroup().thaw(FREEZER) {
-                tracing::error!("the container cannot be thawed: {also}");
-            }
-            if let Err(also) = self.resume(stopped) {
-                tracing::error!("the container cannot be let go: {also}");
-            }
-            return Err(self.abort(error));
-        }
+        self.container.cgroup().freeze(FREEZER).map_err(super::ContainerError::Cgroup)?;
         self.channel.shield();
+        self.note(SourceEvent::Commit)?;
         let commit_sent_us = self.clock.now_us();
-        self.channel.send(&SourceMessage::Commit).map_err(MigrateError::Unknown)?;
+        self.act()?;
         self.clock.enter("wait for running");
-        loop {
-            match self.channel.recv(STEP).map_err(MigrateError::Unknown)? {
-                DestinationMessage::Running(report) => {
-                    let running_received_us = self.clock.now_us();
-                    return Ok(Box::new(Handed {
-                        stopped,
-                        sockets,
-                        frozen_us,
-                        commit_sent_us,
-                        running_received_us,
-                        report,
-                    }));
-                }
-                DestinationMessage::Failed(error) => return Err(MigrateError::FailedAfterCommit(error)),
-                _ => {}
-            }
-        }
+        let report = self.expect(STEP, |message| match message {
+            DestinationMessage::Running(report) => Ok(report),
+            other => Err(other),
+        })?;
+        Ok(Handed { commit_sent_us, running_received_us: self.clock.now_us(), report })
     }
 }
 

@@ -1,10 +1,12 @@
 //! The source of a migration: rounds while the container runs, the freeze, the handoff, and the end of the source's copy.
 //!
 //! Whatever fails before the commit leaves the container running here, untouched: threads are let go, links come up, the
-//! userfaultfds are closed. Behind the commit this side never lets the container run again by itself.
+//! userfaultfds are closed. Behind the commit this side never lets the container run again by itself. Which of the two it
+//! is decides the machine of [`crate::handoff`]: it is told everything that happens, and says what has to be done.
 
 mod container;
 mod freeze;
+mod handoff;
 mod pages;
 mod rounds;
 
@@ -17,6 +19,7 @@ use super::usage::cpu_time;
 use crate::capture::files::{FileError, capture_files};
 use crate::capture::preflight::{PreflightError, survey};
 use crate::capture::{Access, Obstacle, Obstacles};
+use crate::handoff::{Reason, Source, SourceAction, SourceEvent};
 use crate::host::{self, HostError};
 use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
@@ -102,14 +105,9 @@ pub enum MigrateError {
     /// A state that passes did not pass.
     #[error("the container cannot be moved at the moment: {}", .0.join("; "))]
     Transient(Vec<String>),
-    #[error("the destination failed after the commit; the copy here is frozen")]
-    FailedAfterCommit(#[source] RemoteError),
-    /// The commit was sent, and then the destination was lost: it may or may not run the container. The source's copy is
-    /// frozen.
-    #[error(
-        "the destination was lost after the commit: it may or may not run the container; the copy here is frozen"
-    )]
-    Unknown(#[source] transport::Error),
+    /// The commit was sent, and no good news came back. The source's copy is frozen.
+    #[error("after the commit the destination may or may not run the container; the copy here is frozen")]
+    Unknown(#[source] Reason),
     /// The container runs at the destination, but its remains here could not be removed.
     #[error("the container runs at the destination, but its copy here could not be removed")]
     Remains(#[source] RuntimeError),
@@ -131,6 +129,11 @@ struct Migration<'a> {
     heat: Heat,
     round: Round,
     report: Report,
+    handoff: Source,
+    /// What the handoff asked for and has not been done yet.
+    asked: Vec<SourceAction>,
+    /// The container while it does not run.
+    frozen: Option<Frozen>,
 }
 
 /// Moves a container. The report is filled in as far as the migration came.
@@ -180,6 +183,9 @@ pub fn migrate(
         heat: Heat::default(),
         round: Round(0),
         report: std::mem::take(report),
+        handoff: Source::default(),
+        asked: Vec::new(),
+        frozen: None,
     };
     let result = migration.run();
     migration.finish_report();
@@ -220,38 +226,17 @@ fn survey_all(container: &Container) -> Result<Vec<Obstacle>, MigrateError> {
 
 impl Migration<'_> {
     fn run(&mut self) -> Result<(), MigrateError> {
+        self.note(SourceEvent::Accepted)?;
         self.clock.enter("rounds");
-        let frozen = match self.pre_copy().and_then(|()| self.freeze()) {
-            Ok(frozen) => frozen,
-            Err(error) => return Err(self.abort(error)),
-        };
-        match self.hand_off(frozen) {
-            Ok(running) => self.destroy(*running),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Tells the destination that the migration is off. The container runs again already.
-    fn abort(&mut self, error: MigrateError) -> MigrateError {
-        self.container.detach();
-        let reason = match &error {
-            MigrateError::Transport(transport::Error::Cancelled)
-            | MigrateError::Send(SendError::Transport(transport::Error::Cancelled)) => AbortReason::Cancelled,
-            other => AbortReason::Failed(Failure::from_error(other)),
-        };
-        self.channel.shield();
-        // An error on the page stream is often the destination's failure, whose reason waits on the control stream.
-        let told = self.channel.send(&SourceMessage::Abort(reason));
-        while told.is_ok() {
-            match self.channel.recv(STEP) {
-                Ok(DestinationMessage::Failed(remote)) if !matches!(error, MigrateError::Remote(_)) => {
-                    return MigrateError::Remote(remote);
-                }
-                Ok(DestinationMessage::Removed | DestinationMessage::Failed(_)) | Err(_) => break,
-                Ok(_) => {}
+        match self.pre_copy().and_then(|()| self.freeze()).and_then(|()| self.hand_off()) {
+            Ok(running) => {
+                self.take_report(&running);
+                self.act()?;
+                self.report.result = "running".into();
+                Ok(())
             }
+            Err(error) => Err(self.give_up(error)),
         }
-        error
     }
 
     /// The destination's next message, which must be one that `wanted` takes.
@@ -261,37 +246,34 @@ impl Migration<'_> {
         wanted: impl Fn(DestinationMessage) -> Result<T, DestinationMessage>,
     ) -> Result<T, MigrateError> {
         loop {
-            match wanted(self.channel.recv(limit)?) {
+            let message = self.channel.recv(limit)?;
+            self.note(SourceEvent::from(&message))?;
+            match wanted(message) {
                 Ok(value) => return Ok(value),
                 Err(DestinationMessage::Reconciled { .. }) => {}
-                Err(DestinationMessage::Failed(error)) => return Err(MigrateError::Remote(error)),
                 Err(other) => return Err(MigrateError::Protocol(format!("{other:?}"))),
             }
         }
     }
 
     /// The container runs at the destination: removes the copy here.
-    fn destroy(&mut self, running: Handed) -> Result<(), MigrateError> {
+    fn destroy(&mut self) -> Result<(), MigrateError> {
         self.clock.enter("destroy");
-        self.take_report(&running);
-        if let Err(error) = running.sockets.silence() {
-            tracing::warn!("connections of the source's copy cannot be silenced: {error}");
+        if let Some(frozen) = self.frozen.take() {
+            if let Some(Err(error)) = frozen.sockets.map(|sockets| sockets.silence()) {
+                tracing::warn!("connections of the source's copy cannot be silenced: {error}");
+            }
+            crate::capture::threads::kill_all(frozen.stopped);
         }
-        crate::capture::threads::kill_all(running.stopped);
         self.container.detach();
         let removed = self.runtime.delete(&self.options.container);
         self.clock.leave();
         match removed {
-            Ok(()) => {
-                if let Err(error) = self.channel.send(&SourceMessage::Destroyed) {
-                    tracing::debug!(
-                        "the destination was gone before it heard that the copy here is: {error}"
-                    );
-                }
-                self.report.result = "running".into();
-                Ok(())
+            Ok(()) => self.note(SourceEvent::Destroyed),
+            Err(error) => {
+                self.note(SourceEvent::Failed(Failure::from_error(&error)))?;
+                Err(MigrateError::Remains(error))
             }
-            Err(error) => Err(MigrateError::Remains(error)),
         }
     }
 
@@ -311,7 +293,8 @@ impl Migration<'_> {
         let resumed =
             self.report.phases.iter().find(|phase| phase.name == "resume").map(|phase| phase.end_us());
         let resumed = resumed.unwrap_or(running.running_received_us);
-        self.report.blackout_us = (resumed - running.frozen_us).max(0) as u64;
+        let frozen_us = self.frozen.as_ref().map_or(resumed, |frozen| frozen.frozen_us);
+        self.report.blackout_us = (resumed - frozen_us).max(0) as u64;
     }
 
     fn finish_report(&mut self) {
@@ -329,4 +312,4 @@ impl Migration<'_> {
     }
 }
 
-use freeze::Handed;
+use freeze::{Frozen, Handed};

@@ -3,6 +3,7 @@
 use super::pages::{ProcessPages, send_round};
 use super::{MigrateError, Migration, STEP};
 use crate::engine::report::RoundReport;
+use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
 use crate::policy::convergence::{Decision, Limits, decide, predicted_blackout};
 use crate::track::pageset::PageSet;
@@ -82,7 +83,7 @@ impl Migration<'_> {
         let pids: Vec<_> = layouts.iter().map(|process| process.pid).collect();
         let manifest =
             Manifest { round: self.round, last: false, processes: layouts, descriptions: Vec::new() };
-        self.channel.send(&SourceMessage::Manifest(Box::new(manifest)))?;
+        self.send_manifest(manifest)?;
         let pages: Vec<ProcessPages<'_>> = pids
             .into_iter()
             .zip(written)
@@ -94,9 +95,17 @@ impl Migration<'_> {
         Ok(send_round(&mut self.sender, self.round, &pages, Some(self.cancellation))?)
     }
 
+    /// Sends what the container looks like now.
+    pub(super) fn send_manifest(&mut self, manifest: Manifest) -> Result<(), MigrateError> {
+        let event = SourceEvent::ManifestSent { round: manifest.round, last: manifest.last };
+        self.channel.send(&SourceMessage::Manifest(Box::new(manifest)))?;
+        self.note(event)
+    }
+
     /// Ends the round, and waits until the destination has applied it.
     pub(super) fn end_round(&mut self, sent: RoundSummary) -> Result<(), MigrateError> {
         self.channel.send(&SourceMessage::RoundEnd(sent))?;
+        self.note(SourceEvent::RoundSent(sent.round))?;
         self.expect(STEP, |message| match message {
             DestinationMessage::RoundApplied(applied) if applied.round == sent.round => Ok(()),
             other => Err(other),
