@@ -100,7 +100,7 @@ pub enum MigrateError {
     #[error("the destination failed")]
     Remote(#[source] RemoteError),
     /// The destination said something that the protocol does not allow now.
-    #[error("the destination answered {0} out of turn")]
+    #[error("{0}")]
     Protocol(String),
     /// A state that passes did not pass.
     #[error("the container cannot be moved at the moment: {}", .0.join("; "))]
@@ -251,7 +251,11 @@ impl Migration<'_> {
             match wanted(message) {
                 Ok(value) => return Ok(value),
                 Err(DestinationMessage::Reconciled { .. }) => {}
-                Err(other) => return Err(MigrateError::Protocol(format!("{other:?}"))),
+                Err(other) => {
+                    return Err(MigrateError::Protocol(format!(
+                        "the destination answered {other:?} out of turn"
+                    )));
+                }
             }
         }
     }
