@@ -273,11 +273,11 @@ fn running_threads(pid: HostPid) -> Result<Vec<Thread>, ContainerError> {
     Ok(read_threads(pid)?.into_iter().map(|(_, tid)| Thread { tid, state: None }).collect())
 }
 
-/// Whether a process no longer runs: its number is free, or it waits to be reaped.
+/// Whether a process no longer runs: its number is free, it waits to be reaped, or it is on its way there.
 fn has_ended(pid: HostPid) -> bool {
-    let state =
-        procfs::process::Process::new(pid.0).and_then(|process| process.stat()).map(|stat| stat.state);
-    state.map_or(true, |state| matches!(state, 'Z' | 'X'))
+    const PF_EXITING: u32 = 4; // include/linux/sched.h
+    let stat = procfs::process::Process::new(pid.0).and_then(|process| process.stat());
+    stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0)
 }
 
 fn is_gone(error: &ContainerError) -> bool {
