@@ -323,3 +323,57 @@ impl Drop for Repair<'_> {
         let _ = self.off();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        (TcpStream::connect(listener.local_addr().unwrap()).unwrap(), listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn a_connection_is_read_and_goes_on_as_before() {
+        let (mut a, mut b) = pair();
+        a.write_all(b"unread").unwrap();
+        let reuse = || get_int(b.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR).unwrap();
+        assert_eq!(reuse(), 1, "accepted sockets have it from the standard library's listener");
+        {
+            let repair = Repair::enter(b.as_fd()).unwrap();
+            repair.select(Queue::Receive).unwrap();
+            assert_eq!(repair.peek(100).unwrap(), b"unread");
+            let end = repair.sequence().unwrap();
+            assert_eq!(repair.window().unwrap().snd_wl1, end.wrapping_sub(6));
+            repair.select(Queue::Send).unwrap();
+            assert_eq!(repair.peek(100).unwrap(), b"");
+            repair.select(Queue::None).unwrap();
+            assert_eq!(nix::sys::socket::send(b.as_raw_fd(), b"x", MsgFlags::empty()), Err(Errno::EINVAL));
+        }
+        assert_eq!(reuse(), 1);
+        let mut buffer = [0; 6];
+        b.read_exact(&mut buffer).unwrap();
+        b.write_all(b"answer").unwrap();
+        a.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"answer");
+    }
+
+    #[test]
+    fn a_socket_left_in_repair_mode_closes_without_a_word() {
+        let (a, b) = pair();
+        Repair::enter(b.as_fd()).unwrap().stay();
+        drop(b);
+        assert_eq!(TcpInfo::of(a.as_fd()).unwrap().state, crate::sock_diag::state::ESTABLISHED);
+        // Nor does this end leave a FIN for somebody who has the port next.
+        Repair::enter(a.as_fd()).unwrap().stay();
+    }
+
+    #[test]
+    fn a_listener_has_no_repair_mode() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert_eq!(Repair::enter(listener.as_fd()).unwrap_err(), Errno::EPERM);
+    }
+}

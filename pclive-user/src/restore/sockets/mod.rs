@@ -274,7 +274,7 @@ fn new_socket(
 }
 
 /// The sizes of a socket's buffers, which are made larger for as long as queues are filled.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Buffers {
     send: Option<i32>,
     receive: Option<i32>,

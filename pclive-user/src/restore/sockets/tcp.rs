@@ -121,17 +121,25 @@ pub(super) fn connect(
     name.call("TCP_NODELAY", no_delay(fd.as_fd(), true))?;
     repair.stay();
 
-    let (sent, unsent) =
-        connection.send_queue.split_at(connection.send_queue.len() - connection.unsent as usize);
+    let live = options.into_iter().filter(|(known, _)| known.when == When::Live);
+    let options = live.map(|(known, value)| (known, value.to_vec())).collect();
+    let no_delay = find_int(&socket.options, libc::IPPROTO_TCP, libc::TCP_NODELAY).unwrap_or(0) != 0;
+    Ok((fd, Waiting { buffers, options, no_delay, ..waiting(label, local, connection) }))
+}
+
+/// What the connection says about going live; options are the caller's to add.
+fn waiting(label: String, local: SocketAddr, connection: &TcpConnection) -> Waiting {
+    let queue = &connection.send_queue;
+    let (sent, unsent) = queue.split_at(queue.len() - connection.unsent as usize);
     let scale = connection.window_scale.unwrap_or_default();
     let window = window(connection);
-    let live = options.into_iter().filter(|(known, _)| known.when == When::Live);
-    let waiting = Waiting {
+    Waiting {
+        label,
         sent: [&[PROBE][..], sent].concat(),
         unsent: unsent.to_vec(),
-        buffers,
-        no_delay: find_int(&socket.options, libc::IPPROTO_TCP, libc::TCP_NODELAY).unwrap_or(0) != 0,
-        options: live.map(|(known, value)| (known, value.to_vec())).collect(),
+        buffers: Buffers::default(),
+        no_delay: false,
+        options: Vec::new(),
         local,
         remote: connection.remote,
         first_sequence: first_sequence(connection),
@@ -142,9 +150,7 @@ pub(super) fn connect(
         fin_received: connection.fin_received,
         shut_write: connection.fin_sent,
         shut_read: connection.read_shutdown,
-        label,
-    };
-    Ok((fd, waiting))
+    }
 }
 
 /// Number of the probe byte: the one before the first unacknowledged byte.
