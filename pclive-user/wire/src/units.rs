@@ -146,9 +146,7 @@ mod tests {
         let range = |start, pages| PageRange { start: VirtAddr(start), pages };
         assert!(range(0x1000, 1).is_valid_user_range());
         assert!(range(USER_END - PAGE_SIZE, 1).is_valid_user_range());
-        for (start, pages) in
-            [(0x1001, 1), (0x1000, 0), (USER_END, 1), (0x1000, u64::MAX), (!0xfff, 2)]
-        {
+        for (start, pages) in [(0x1001, 1), (0x1000, 0), (USER_END, 1), (0x1000, u64::MAX), (!0xfff, 2)] {
             assert!(!range(start, pages).is_valid_user_range(), "{start:#x}+{pages}");
         }
     }
