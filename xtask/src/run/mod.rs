@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use clap::Args;
 use pclive_tests::lab::BitRate;
-use pclive_tests::load::{LoadSpec, Service};
+use pclive_tests::load::{Gap, LoadSpec, Service};
 use pclive_tests::scene::Network;
 
 use crate::build::{need_root, release_programs};
@@ -108,13 +108,15 @@ fn print_report(measurement: &Measurement) {
     println!("\nanswers per second, each column 0.1 s (^ from start to end of the migration)");
     print!("{}", plot::draw(&load.throughput_10ms, measurement.migration_span_us()));
     let (before, during) = (measurement.rate_before(), measurement.rate_during());
+    let migrate_us = measurement.migration_span_us().0;
+    let at = |gap: Gap| {
+        let since = (gap.start_us as f64 - migrate_us as f64) / 1e6;
+        format!("{:.1} ms, {since:.2} s after the start of the migration", gap.duration_us as f64 / 1e3)
+    };
     println!();
     for (name, value) in [
-        ("longest gap without an answer", format!("{:.1} ms", measurement.gap().duration_us as f64 / 1e3)),
-        (
-            "longest gap of one connection",
-            format!("{:.1} ms", load.worst_connection_gap.duration_us as f64 / 1e3),
-        ),
+        ("longest gap without an answer", at(measurement.gap())),
+        ("longest gap of one connection", at(load.worst_connection_gap)),
         ("restore", format!("{:.1} ms", migration.restore_us as f64 / 1e3)),
         ("whole migration", format!("{:.2} s", migration.total_us as f64 / 1e6)),
         ("sent", format!("{:.1} MiB", migration.bytes_sent as f64 / f64::from(1 << 20))),
