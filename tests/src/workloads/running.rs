@@ -106,8 +106,11 @@ impl Contained {
         match outcome {
             Outcome { code: Some(exit::MOVED), report: Some(report), .. } => Ok(report),
             Outcome { code, output, .. } => {
-                let logs = [lab.source(), lab.destination()].map(|host| host.log("serve"));
-                bail!("exit code {code:?}\nmigrate: {output}\nserve: {}", logs.join("\nserve: "))
+                let name = &self.container.name;
+                let logs = [lab.source(), lab.destination()]
+                    .map(|host| (host.state(name), host.log("serve"), host.log(name)))
+                    .map(|(state, serve, own)| format!("{state:?}\nserve: {serve}\n{name}: {own}"));
+                bail!("exit code {code:?}\nmigrate: {output}\n{}", logs.join("\n"))
             }
         }
     }

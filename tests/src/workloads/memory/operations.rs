@@ -1,6 +1,7 @@
 //! Everything that a thread does to its memory, with how often it does it.
 
 use super::child::Child;
+use super::mappings;
 use super::region::{Access, Content, Kind, Region, SECTORS};
 use super::span::Span;
 use super::worker::{Failure, Worker};
@@ -25,7 +26,7 @@ const OPERATIONS: &[(usize, Operation)] = &[
     (40, map),
     (40, unmap),
     (30, resize),
-    (20, relocate),
+    (5, relocate),
     (40, discard),
     (15, free_lazily),
     (10, page_out),
@@ -188,10 +189,19 @@ fn resize(worker: &mut Worker) -> Result<(), Failure> {
 fn relocate(worker: &mut Worker) -> Result<(), Failure> {
     let Some((index, _)) = choose(worker, 1) else { return Ok(()) };
     let region = &mut worker.regions[index];
-    if !matches!(region.kind, Kind::Heap) && make_uniform(region)? {
+    if !matches!(region.kind, Kind::Heap) && make_uniform(region)? && is_one_mapping(region)? {
         tolerate("mremap", region.span.relocate())?;
     }
     Ok(())
+}
+
+/// Whether the kernel has merged the region's mappings. Those that differ in something that nobody here has set, such as
+/// a userfaultfd, stay apart.
+fn is_one_mapping(region: &Region) -> Result<bool, Failure> {
+    let maps = std::fs::read_to_string("/proc/self/maps");
+    let mappings = mappings::parse(&maps.map_err(|error| Failure::call("read /proc/self/maps", error))?);
+    let (start, end) = (region.span.address(), region.span.end());
+    Ok(mappings.iter().any(|mapping| mapping.range.start <= start && end <= mapping.range.end))
 }
 
 /// Makes a region writable throughout, as `mremap(2)` takes only one mapping. Guards stay, as they move along, but then
@@ -311,7 +321,6 @@ fn tolerate<T>(call: &'static str, result: std::io::Result<T>) -> Result<Option<
 #[cfg(test)]
 mod tests {
     use super::super::Options;
-    use super::super::mappings;
     use super::super::region::FilePages;
     use super::*;
     use clap::Parser;

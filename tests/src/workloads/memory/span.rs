@@ -150,16 +150,16 @@ impl Span {
         self.remap(pages, libc::MREMAP_MAYMOVE, 0)
     }
 
-    /// Moves the pages elsewhere, over a mapping that was made for the purpose.
+    /// Moves the pages elsewhere, over a mapping that was made for the purpose. They must be in one mapping: the kernel
+    /// moves several one by one (Linux 6.17), and stops in the middle at one that it cannot move.
     ///
     /// # Errors
     /// Those of `mmap(2)` and `mremap(2)`; then nothing has changed.
     pub fn relocate(&mut self) -> io::Result<()> {
         let target = Self::map(self.pages, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
-        match self.remap(self.pages, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target.address) {
-            Ok(()) => Ok(()), // `target` was replaced
-            Err(error) => target.unmap().and(Err(error)),
-        }
+        // The target is replaced; or, if that fails, leaked: whether the kernel had unmapped it by then is not known, and
+        // another thread may have mapped something there since.
+        self.remap(self.pages, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target.address)
     }
 
     fn remap(&mut self, pages: usize, flags: i32, target: usize) -> io::Result<()> {
