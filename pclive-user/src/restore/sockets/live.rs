@@ -135,7 +135,7 @@ fn send_record(fd: BorrowedFd<'_>, bytes: &[u8], name: &Name<'_>) -> Result<(), 
 }
 
 /// How long connections without an answer are attended to: the kernel has tried again itself by then.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Connections that have gone live and may not have heard from their peers yet.
 #[derive(Debug)]
@@ -170,7 +170,7 @@ impl LiveConnections {
         let start = Instant::now();
         let (mut pause, mut again) = (TICK, start + TICK);
         loop {
-            self.let_go_of_answered();
+            self.let_go_of_done();
             if self.connections.is_empty() || start.elapsed() >= patience {
                 return self.connections.len();
             }
@@ -190,13 +190,13 @@ impl LiveConnections {
         }
     }
 
-    fn let_go_of_answered(&mut self) {
+    fn let_go_of_done(&mut self) {
         self.connections.retain(|(fd, waiting)| {
-            let answered = is_answered(fd.as_fd());
-            if answered && let Err(error) = waiting.restore_delay(fd.as_fd()) {
+            let done = is_done(fd.as_fd());
+            if done && let Err(error) = waiting.restore_delay(fd.as_fd()) {
                 tracing::warn!("{error}");
             }
-            !answered
+            !done
         });
     }
 }
@@ -208,7 +208,8 @@ fn timestamp(fd: BorrowedFd<'_>) -> Option<u32> {
     value.ok().filter(|_| in_use).map(|value| value as u32)
 }
 
-/// Whether the peer has acknowledged the probe, or the connection is over.
-fn is_answered(fd: BorrowedFd<'_>) -> bool {
-    TcpInfo::of(fd).map_or(true, |info| info.rtt_us > 0 || info.state == state::CLOSE)
+/// Whether the peer has acknowledged the probe, or the connection is over, or has been captured and silenced here.
+fn is_done(fd: BorrowedFd<'_>) -> bool {
+    let moved_on = sockopt::get_int(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR) != Ok(0);
+    moved_on || TcpInfo::of(fd).map_or(true, |info| info.rtt_us > 0 || info.state == state::CLOSE)
 }
