@@ -63,48 +63,44 @@ impl VmaReader {
     /// Of a running process they may be a mixture of several moments, because the kernel gives them out piece by piece;
     /// then they are read again the next time. Of a stopped process they are exact.
     pub fn read(&mut self) -> Result<&[Vma], VmaError> {
-        let before = read_file(&self.path("maps"))?;
-        if before != self.text {
-            let (mut vmas, unsupported) = self.read_all()?;
-            if let Some(&(range, reason)) = unsupported.first() {
+        let maps = read_file(&self.path("maps"))?;
+        if maps != self.text {
+            let all = self.read_all()?;
+            if let Some(&(range, reason)) = all.unsupported.first() {
                 return Err(VmaError::Unsupported { pid: self.pid, range, reason });
             }
-            let mut end = VirtAddr(0);
-            vmas.retain(|vma| {
-                let follows = vma.range.start >= end;
-                end = if follows { vma.range.end() } else { end };
-                follows
-            });
-            let is_exact = read_file(&self.path("maps"))? == before;
-            self.text = if is_exact { before } else { Vec::new() };
-            self.vmas = vmas;
+            self.vmas = without_overlaps(all.vmas);
+            self.text = if all.complete && all.maps == maps { maps } else { Vec::new() };
         }
         Ok(&self.vmas)
     }
 
     /// Every mapping that cannot be moved, for preflight.
     pub fn survey(&self) -> Result<Vec<UnsupportedVma>, VmaError> {
-        self.read_all().map(|(_, unsupported)| unsupported)
+        self.read_all().map(|all| all.unsupported)
     }
 
     fn path(&self, name: &str) -> PathBuf {
         format!("/proc/{}/{name}", self.pid).into()
     }
 
-    fn read_all(&self) -> Result<(Vec<Vma>, Vec<UnsupportedVma>), VmaError> {
+    fn read_all(&self) -> Result<Smaps, VmaError> {
         let path = self.path("smaps");
         let text = read_file(&path)?;
         let maps = procfs::process::MemoryMaps::from_read(text.as_slice())
             .map_err(|source| VmaError::Parse { path, source })?;
-        let (mut vmas, mut unsupported) = (Vec::new(), Vec::new());
+        let mut all =
+            Smaps { maps: maps_lines(&text), vmas: Vec::new(), unsupported: Vec::new(), complete: true };
         for map in maps {
             let range = PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1));
+            let is_file = matches!(map.pathname, MMapPath::Path(_));
             match self.convert(map, range) {
-                Ok(vma) => vmas.extend(vma),
-                Err(reason) => unsupported.push((range, reason)),
+                Ok(Some(vma)) => all.vmas.push(vma),
+                Ok(None) => all.complete &= !is_file,
+                Err(reason) => all.unsupported.push((range, reason)),
             }
         }
-        Ok((vmas, unsupported))
+        Ok(all)
     }
 
     /// One mapping; none for those the kernel puts into every process alike.
@@ -182,6 +178,33 @@ impl VmaReader {
     }
 }
 
+/// What `smaps` says.
+struct Smaps {
+    /// The lines that it shares with `maps`.
+    maps: Vec<u8>,
+    vmas: Vec<Vma>,
+    unsupported: Vec<UnsupportedVma>,
+    /// No mapping was gone before it could be looked at.
+    complete: bool,
+}
+
+/// The lines of `smaps` that are also those of `maps`: they begin with an address, the others with a capital letter.
+fn maps_lines(smaps: &[u8]) -> Vec<u8> {
+    let lines = smaps.split_inclusive(|&byte| byte == b'\n');
+    lines.filter(|line| !line[0].is_ascii_uppercase()).flatten().copied().collect()
+}
+
+/// A mapping that grew while the list was read may be in it twice.
+fn without_overlaps(mut vmas: Vec<Vma>) -> Vec<Vma> {
+    let mut end = VirtAddr(0);
+    vmas.retain(|vma| {
+        let follows = vma.range.start >= end;
+        end = if follows { vma.range.end() } else { end };
+        follows
+    });
+    vmas
+}
+
 /// Which of the kernel's special mappings a name means.
 pub fn special_mapping(name: &MMapPath) -> Option<SpecialMapping> {
     match name {
@@ -219,6 +242,13 @@ fn read_file(path: &Path) -> Result<Vec<u8>, VmaError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn smaps_has_the_lines_of_maps() {
+        let smaps = b"55d0-55d4 r--p 00000000 fe:00 12 /bin/cat\nSize: 16 kB\nVmFlags: rd mr\nff60-ff61 --xp 0 00:00 0\n";
+        let maps: &[u8] = b"55d0-55d4 r--p 00000000 fe:00 12 /bin/cat\nff60-ff61 --xp 0 00:00 0\n";
+        assert_eq!(maps_lines(smaps), maps);
+    }
 
     #[test]
     fn the_own_mappings_are_understood() {

@@ -24,6 +24,8 @@ const ALL_BUT_SIGTRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 /// Where data begins: the interpreter must fit before.
 const DATA_OFFSET: usize = 256;
 const CALL_SIZE: usize = 96;
+/// Above the lowest addresses and below where programs and libraries are usually mapped.
+const LOW: VirtAddr = VirtAddr(0x20_0000);
 /// Bytes at the end of an arena that serve as the interpreter's stack.
 const STACK_SIZE: usize = 256;
 
@@ -407,7 +409,8 @@ impl<'t> Borrowed<'t> {
     pub fn map_arena(&self, len: u64, at: Option<VirtAddr>) -> Result<Arena> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | at.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-        let hint = at.unwrap_or_default().0;
+        // Without a wish: low, where no program that maps a range again right after it has freed it comes across the arena.
+        let hint = at.unwrap_or(LOW).0;
         let args = [hint, len, prot as u64, flags as u64, u64::MAX, 0];
         let base = VirtAddr(self.call("mmap of the script arena", libc::SYS_mmap, args)?);
         let arena = Arena {

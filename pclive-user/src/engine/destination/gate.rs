@@ -28,9 +28,6 @@ pub enum PageError {
         /// Why.
         source: pclive_sys::Error,
     },
-    /// Pages of a process that does not exist.
-    #[error("pages of process {0}, which the manifest does not have")]
-    NoProcess(NsPid),
     /// A round did not become complete in time.
     #[error("the pages of round {0} did not arrive within {1:?}")]
     Late(Round, Duration),
@@ -196,7 +193,8 @@ impl Gate {
         let start = Instant::now();
         let pid = batch.process;
         let placements = self.placements.read().expect("no thread panics while it places pages");
-        let placement = placements.get(&pid).ok_or(PageError::NoProcess(pid))?;
+        // A process that ended before its pages were due.
+        let Some(placement) = placements.get(&pid) else { return Ok(()) };
         for (run, contents) in batch.pieces() {
             let placed = match run.kind {
                 RunKind::Raw => placement.place(run.range.start, contents),
