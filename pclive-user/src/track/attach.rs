@@ -173,7 +173,7 @@ impl TrackedProcess {
         Ok(found.iter().map(|region| region.range.pages).sum())
     }
 
-    /// The last round, with every thread stopped: nothing is protected, and pages that have vanished are found.
+    /// A round with every thread stopped: nothing is protected, and pages that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
         self.check_alive(layout)?;
         let (mut found, mut there) = (Vec::new(), Vec::new());
@@ -194,10 +194,14 @@ impl TrackedProcess {
         };
         // What is no longer mapped goes away with its mapping.
         let vanished = self.sent.difference(&populated);
-        Ok(Dirty {
+        let dirty = Dirty {
             written: written.union(&vanished.intersection(&of(false))),
             absent: vanished.intersection(&of(true)),
-        })
+        };
+        // The freeze may be taken back, and be followed by another one.
+        self.sent = self.sent.difference(&dirty.absent).union(&dirty.written);
+        self.layout = layout.to_vec();
+        Ok(dirty)
     }
 
     /// `ESRCH` if the process has executed another program since: then `layout` is that of an address space which this

@@ -10,7 +10,7 @@ use crate::transport::{Batch, PageEvent, PageReceiver};
 use pclive_wire::control::{ApplyMode, RoundSummary};
 use pclive_wire::page_frame::RunKind;
 use pclive_wire::{NsPid, PageRange, Round};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,8 @@ struct State {
     barriers: HashMap<Round, usize>,
     arrived: HashMap<Round, RoundSummary>,
     backlog: Vec<Batch>,
-    absent: Vec<(NsPid, PageRange)>,
+    /// Pages that have vanished at the source, and are yet to be dropped here.
+    absent: HashMap<(Round, NsPid), Vec<PageRange>>,
     apply_time: Duration,
     closed: bool,
     failure: Option<PageError>,
@@ -130,24 +131,31 @@ impl Gate {
         }
     }
 
-    /// Places the backlog, if the policy says that its time has come with the end of `round`.
-    pub fn settle(&self, round: Round, last: bool) -> Result<(), PageError> {
-        if backlog_is_due(self.apply, self.restore_from, round, last) {
-            let backlog = std::mem::take(&mut self.lock().backlog);
-            for batch in backlog {
-                self.place(&batch)?;
+    /// Places the backlog, if the policy says that its time has come with the end of `round`, and has `drop_pages` drop
+    /// what vanished at the source: round by round, because a page that vanished may be back in a later one.
+    pub fn settle<E: From<PageError>>(
+        &self,
+        round: Round,
+        last: bool,
+        mut drop_pages: impl FnMut(NsPid, &[PageRange]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if !backlog_is_due(self.apply, self.restore_from, round, last) {
+            return Ok(());
+        }
+        let mut state = self.lock();
+        let (backlog, absent) = (std::mem::take(&mut state.backlog), std::mem::take(&mut state.absent));
+        drop(state);
+        let rounds: BTreeSet<Round> =
+            backlog.iter().map(|batch| batch.round).chain(absent.keys().map(|&(round, _)| round)).collect();
+        for round in rounds {
+            for batch in backlog.iter().filter(|batch| batch.round == round) {
+                self.place(batch)?;
+            }
+            for ((_, pid), ranges) in absent.iter().filter(|((of, _), _)| *of == round) {
+                drop_pages(*pid, ranges)?;
             }
         }
         Ok(())
-    }
-
-    /// Pages that have vanished at the source, and are yet to be dropped here.
-    pub fn take_absent(&self) -> HashMap<NsPid, Vec<PageRange>> {
-        let mut by_process: HashMap<NsPid, Vec<PageRange>> = HashMap::new();
-        for (pid, range) in std::mem::take(&mut self.lock().absent) {
-            by_process.entry(pid).or_default().push(range);
-        }
-        by_process
     }
 
     /// Time spent on placing pages since the last call, over all streams.
@@ -178,7 +186,7 @@ impl Gate {
             }
         }
         for run in batch.runs().iter().filter(|run| run.kind == RunKind::Absent) {
-            state.absent.push((batch.process, run.range));
+            state.absent.entry((round, batch.process)).or_default().push(run.range);
         }
         drop(state);
         if applies_on_arrival(self.apply, self.restore_from, round) {

@@ -18,6 +18,7 @@ use gate::Gate;
 use nix::fcntl::{OFlag, open};
 use nix::sys::resource::UsageWho;
 use nix::sys::stat::Mode;
+use pclive_wire::Round;
 use pclive_wire::control::{
     Accepted, DestinationMessage, Failure, Proposal, RemoteError, RoundApplied, RoundSummary, RunningReport,
     SourceMessage,
@@ -294,7 +295,7 @@ impl Building {
         if arrived != sent {
             return Err(DestinationError::Incomplete { sent, arrived });
         }
-        self.gate.settle(sent.round, false)?;
+        self.settle(sent.round, false)?;
         let applied = RoundApplied {
             round: sent.round,
             pages: arrived.pages,
@@ -308,10 +309,7 @@ impl Building {
     fn build(&mut self, last: &Manifest) -> Result<(), DestinationError> {
         self.skeleton().reconcile(last)?;
         self.clock.enter("settle pages");
-        self.gate.settle(last.round, true)?;
-        for (pid, ranges) in self.gate.take_absent() {
-            self.skeleton().drop_pages(pid, &ranges)?;
-        }
+        self.settle(last.round, true)?;
         self.clock.enter("open files");
         let files = open_files(&last.descriptions, self.skeleton().sandbox())?;
         self.clock.enter("finish processes");
@@ -356,6 +354,13 @@ impl Building {
             tracing::warn!("the container runs here, but the source cannot be told: {lost}");
         }
         Ok(restore_us)
+    }
+
+    /// Places and drops the pages whose time has come with the end of `round`.
+    fn settle(&mut self, round: Round, last: bool) -> Result<(), DestinationError> {
+        let gate = self.gate.clone();
+        let skeleton = self.skeleton();
+        gate.settle(round, last, |pid, ranges| Ok(skeleton.drop_pages(pid, ranges)?))
     }
 
     fn skeleton(&mut self) -> &mut Skeleton {
