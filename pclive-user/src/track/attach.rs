@@ -7,8 +7,8 @@
 //! the two is in the contents *and* in the next dirty set: sent twice, never lost.
 //!
 //! A mapping that has appeared since the last round is not registered, and the kernel drops the registration of one that
-//! is moved or replaced. So each round asks every mapping whether it is registered still; registering it leaves its pages
-//! unprotected, and the scan returns all of them. Nothing depends on having seen the `mmap`.
+//! is moved or replaced. So each round registers everything again; that leaves the pages of what is new unprotected, and
+//! the scan returns all of them. Nothing depends on having seen the `mmap`.
 //!
 //! What has vanished (`munmap`, `MADV_DONTNEED`) is found once, after the freeze, as the difference between the pages sent
 //! and the pages there are. In a mapping of a file the kernel leaves a mark where a protected page was
@@ -18,6 +18,7 @@
 use super::pageset::PageSet;
 use crate::capture::SourceProcess;
 use crate::capture::process::{ProcessError, prepare_injection};
+use nix::errno::Errno;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pagemap::{Categories, Filter, Pagemap, Region};
 use pclive_sys::pidfd::pidfd_getfd;
@@ -26,7 +27,8 @@ use pclive_sys::script::{Borrowed, Script};
 use pclive_sys::uffd::{self, Features, Mode, Uffd};
 use pclive_wire::layout::mapped_anew;
 use pclive_wire::manifest::{Backing, Vma};
-use pclive_wire::{HostPid, PageRange};
+use pclive_wire::units::USER_END;
+use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -144,17 +146,9 @@ impl TrackedProcess {
 
     /// Begins a round: returns what was written since the last one, protecting it again. `layout` are the mappings now.
     pub fn begin_round(&mut self, layout: &[Vma]) -> Result<PageSet, TrackError> {
-        self.check_alive(layout)?;
+        self.register_all(layout)?;
         let mut found = Vec::new();
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
-            if !self.pagemap.is_tracked(vma.range.start)? {
-                let uffd = self.uffd.as_ref().expect("rounds are of tracked processes");
-                match uffd.register(vma.range, Mode::WriteProtect) {
-                    // Unmapped since the layout was read: the next round knows.
-                    Err(e) if matches!(e.errno(), Some(nix::Error::EINVAL | nix::Error::ENOMEM)) => continue,
-                    registered => registered?,
-                }
-            }
             self.pagemap.scan_and_protect(vma.range, WRITTEN, &mut found)?;
         }
         self.populated_of_new(layout, &mut found)?;
@@ -175,7 +169,7 @@ impl TrackedProcess {
 
     /// A round with every thread stopped: nothing is protected, and pages that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
-        self.check_alive(layout)?;
+        self.register_all(layout)?;
         let (mut found, mut there) = (Vec::new(), Vec::new());
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
             let first = found.len();
@@ -204,12 +198,24 @@ impl TrackedProcess {
         Ok(dirty)
     }
 
-    /// `ESRCH` if the process has executed another program since: then `layout` is that of an address space which this
-    /// value knows nothing of, and scans would find nothing in the old one. Registering again tells, and changes nothing.
-    fn check_alive(&self, layout: &[Vma]) -> Result<(), TrackError> {
-        let first = layout.iter().find(|vma| has_own_pages(vma));
-        if let (Some(uffd), Some(vma)) = (&self.uffd, first) {
-            uffd.register(PageRange::new(vma.range.start, 1), Mode::WriteProtect)?;
+    /// Registers everything that can be, in as few ranges as there are between mappings that cannot be: never a part of a
+    /// mapping, even if `layout` is no longer true. A part would be split off, and since Linux 6.17 an `mremap(2)` by the
+    /// process across the two would move the first and then fail at the second (`remap_move` in mm/mremap.c).
+    ///
+    /// `ESRCH` if the process has executed another program since: `layout` is then that of an address space which this
+    /// value knows nothing of, and scans of the old one would find nothing.
+    fn register_all(&self, layout: &[Vma]) -> Result<(), TrackError> {
+        let Some(uffd) = &self.uffd else { return Ok(()) };
+        for range in registrable(layout) {
+            match uffd.register(range, Mode::WriteProtect) {
+                // No mapping in this range, or a new one that cannot be registered: the next round knows of it.
+                Err(e)
+                    if matches!(
+                        e.errno(),
+                        Some(Errno::EINVAL | Errno::ENOMEM | Errno::EPERM | Errno::EBUSY)
+                    ) => {}
+                registered => registered?,
+            }
         }
         Ok(())
     }
@@ -245,6 +251,19 @@ const POPULATED: Filter = Filter {
     without: Categories::FILE,
     report: Categories::WRITTEN.or(Categories::PRESENT),
 };
+
+/// The ranges between the mappings that cannot be registered: from the lowest address to the highest.
+fn registrable(layout: &[Vma]) -> Vec<PageRange> {
+    let mut ranges = Vec::new();
+    let mut start = VirtAddr(PAGE_SIZE);
+    for barrier in layout.iter().filter(|vma| !has_own_pages(vma)) {
+        ranges.push(PageRange::between(start, barrier.range.start));
+        start = barrier.range.end();
+    }
+    ranges.push(PageRange::between(start, VirtAddr(USER_END - PAGE_SIZE)));
+    ranges.retain(|range| !range.is_empty());
+    ranges
+}
 
 /// Whether a mapping has pages of its own, which must travel.
 pub fn has_own_pages(vma: &Vma) -> bool {
@@ -282,7 +301,6 @@ pub fn batches(ranges: &[PageRange], pages: u64) -> Vec<Vec<PageRange>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pclive_wire::VirtAddr;
 
     #[test]
     fn batches_hold_every_page_once_and_no_more_than_allowed() {

@@ -89,7 +89,6 @@ struct ScanArg {
 const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<RawRegion>() == 24);
 
 const PM_SCAN_WP_MATCHING: u64 = 1;
-const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
 mod ioctl {
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, super::ScanArg);
@@ -119,16 +118,6 @@ impl Pagemap {
     /// not registered for tracking are passed over.
     pub fn scan_and_protect(&self, range: PageRange, filter: Filter, found: &mut Vec<Region>) -> Result<()> {
         self.walk(range, filter, PM_SCAN_WP_MATCHING, found)
-    }
-
-    /// Whether the mapping at `addr` is registered for asynchronous write-protect tracking.
-    pub fn is_tracked(&self, addr: VirtAddr) -> Result<bool> {
-        let filter = Filter { all: Categories::PRESENT, report: Categories::PRESENT, ..Filter::default() };
-        match self.walk(PageRange::new(addr, 1), filter, PM_SCAN_CHECK_WPASYNC, &mut Vec::new()) {
-            Ok(()) => Ok(true),
-            Err(e) if e.errno() == Some(nix::errno::Errno::EPERM) => Ok(false),
-            Err(e) => Err(e),
-        }
     }
 
     fn walk(&self, range: PageRange, filter: Filter, flags: u64, found: &mut Vec<Region>) -> Result<()> {
