@@ -138,6 +138,6 @@ mod tests {
     #[test]
     fn the_kernels_refusal_is_the_error() {
         let mut netlink = Netlink::open(SockProtocol::NetlinkSockDiag).unwrap();
-        assert_eq!(netlink.request(20, 0, &[250, 0, 0, 0]).unwrap_err(), Errno::ENOENT);
+        assert_eq!(netlink.request(20, 0, &[250, 0, 0, 0]).unwrap_err(), Errno::EINVAL);
     }
 }
