@@ -1,7 +1,7 @@
 //! `pclive migrate`: moves a container.
 
 use super::progress::reporter;
-use super::{RuntimeArgs, TrackerArg, exit, require_insecure, write_report};
+use super::{RuntimeArgs, TrackerArg, chain, exit, require_insecure, write_report};
 use crate::engine::report::Report;
 use crate::engine::source::{MigrateError, Options, migrate};
 use crate::policy::mode::Mode;
@@ -120,9 +120,4 @@ fn conclude(result: &Result<(), MigrateError>, report: &mut Report) -> ExitCode 
         eprintln!("pclive: {} runs on here", report.container);
     }
     ExitCode::from(code)
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -9,6 +9,7 @@ pub mod track;
 use crate::track::Tier;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
+use pclive_wire::control::Failure;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -93,6 +94,11 @@ pub fn main() -> ExitCode {
         eprintln!("pclive: {error:#}");
         ExitCode::from(exit::FAILED)
     })
+}
+
+/// An error and its causes on one line.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    Failure::from_error(error).to_string()
 }
 
 /// Until transport security exists, only loopback may be used without saying so.

@@ -1,6 +1,6 @@
 //! `pclive serve`: takes migrations.
 
-use super::{RuntimeArgs, require_insecure};
+use super::{RuntimeArgs, chain, require_insecure};
 use crate::engine::destination::{Destination, Ended};
 use crate::runtime;
 use crate::transport::{Incoming, Listener};
@@ -106,12 +106,6 @@ impl Events {
             false => print(&format!("{container}: {text}")),
         }
     }
-}
-
-/// An error and its causes on one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Prints a line at once; nobody reading it is no reason to stop.

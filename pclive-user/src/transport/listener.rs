@@ -9,7 +9,7 @@ use super::control::{DestinationChannel, OPENING};
 use super::error::{Error, Result, socket};
 use super::pages::PageReceiver;
 use pclive_wire::codec::{self, CodecError};
-use pclive_wire::control::{DestinationMessage, Open, Proposal, RemoteError, SessionToken};
+use pclive_wire::control::{DestinationMessage, Failure, Open, Proposal, RemoteError, SessionToken};
 use pclive_wire::limits::MAX_OPEN_PAYLOAD;
 use std::collections::HashMap;
 use std::future::Future;
@@ -191,7 +191,7 @@ impl Listener {
             let door = door.clone();
             tokio::spawn(async move {
                 if let Err(error) = door.let_in(stream, peer).await {
-                    tracing::warn!(%peer, "connection refused: {}", chain(&error));
+                    tracing::warn!(%peer, "connection refused: {}", Failure::from_error(&error));
                 }
                 drop(permit);
             });
@@ -265,15 +265,10 @@ async fn read_open(stream: &mut tokio::net::TcpStream, peer: SocketAddr) -> Resu
 
 /// Says why a migration does not begin. If the source is gone, it does not need to know.
 fn reject(mut channel: DestinationChannel, why: RemoteError) {
-    tracing::warn!(peer = %channel.peer(), "migration refused: {}", chain(&why));
+    tracing::warn!(peer = %channel.peer(), "migration refused: {}", Failure::from_error(&why));
     if channel.send(&DestinationMessage::Rejected(why)).is_ok() {
         channel.finish(OPENING);
     }
-}
-
-/// An error with its causes on one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    pclive_wire::control::Failure::from_error(error).to_string()
 }
 
 #[cfg(test)]

@@ -324,7 +324,10 @@ impl Building {
         peer.channel.shield();
         let commit_received_us = self.clock.now_us();
         self.clock.enter("links up");
-        self.links.bring_up()?;
+        // Nothing of the network may end the migration now: this is the only copy that may run.
+        if let Err(error) = self.links.bring_up() {
+            tracing::error!("the container runs without its links, bring them up by hand: {error}");
+        }
         self.clock.enter("announce");
         if let Err(error) = self.links.announce() {
             tracing::warn!("neighbours learn of the container only from its own traffic: {error}");
@@ -347,13 +350,26 @@ impl Building {
             phases: self.clock.phases().to_vec(),
             commit_received_us,
             sent_us: self.clock.now_us(),
-            cpu_us: 0,
+            cpu_us: (self.close_streams() + thread_cpu_time()).as_micros() as u64,
             peak_rss_bytes: peak_rss_bytes(),
         };
         if let Err(lost) = peer.channel.send(&DestinationMessage::Running(Box::new(report))) {
             tracing::warn!("the container runs here, but the source cannot be told: {lost}");
         }
         Ok(restore_us)
+    }
+
+    /// Ends the page streams; returns the processor time that they took.
+    fn close_streams(&mut self) -> Duration {
+        self.gate.close();
+        let ended = self.streams.drain(..).map(|stream| {
+            stream.hangup.hang_up();
+            stream.thread.join().unwrap_or_else(|_| {
+                tracing::error!("the thread of a page stream panicked");
+                Duration::ZERO
+            })
+        });
+        ended.sum()
     }
 
     /// Places and drops the pages whose time has come with the end of `round`.
@@ -370,13 +386,7 @@ impl Building {
 
 impl Drop for Building {
     fn drop(&mut self) {
-        self.gate.close();
-        for stream in self.streams.drain(..) {
-            stream.hangup.hang_up();
-            if stream.thread.join().is_err() {
-                tracing::error!("the thread of a page stream panicked");
-            }
-        }
+        self.close_streams();
         if let Some(skeleton) = self.skeleton.take() {
             skeleton.destroy();
             if let Err(error) = self.links.restore() {
