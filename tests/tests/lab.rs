@@ -91,6 +91,8 @@ fn a_container_address_moves_in_milliseconds() -> Result<()> {
         let mut ping = lab.client().command("redis-cli");
         lab::run(ping.args(["-h", &redis.address.to_string(), "PING"]))
     };
+    let begin = Instant::now();
+    while ping().is_err() && begin.elapsed() < Duration::from_secs(10) {} // until it listens
     assert_eq!(ping()?, "PONG\n");
     source.container_netns(&redis.name).ip("link set eth0 down")?;
     let start = Instant::now();

@@ -286,13 +286,19 @@ fn what_passes_and_what_cannot_be_moved_are_told_apart() {
 #[test]
 fn a_closed_connection_with_something_left_to_deliver_is_waited_for() {
     let lab = Lab::new();
-    let (_client, mut server) = lab.connection(CONTAINER_V4);
-    lab.down(0);
-    server.write_all(b"cannot arrive").unwrap();
-    drop(server);
-    let mut capture = SocketCapture::begin(lab.hosts[0].as_fd()).unwrap();
-    let wrong = capture.finish(&mut [], Access::Frozen);
-    assert!(matches!(wrong.as_slice(), [(0, SocketError::Transient { .. })]), "{wrong:?}");
+    // On a busy machine the kernel has been seen to have given the closed connection up by the time that the sockets are
+    // listed: then there is nothing to tell, and another one is tried.
+    let told = (0..5).any(|_| {
+        let (_client, mut server) = lab.connection(CONTAINER_V4);
+        lab.down(0);
+        server.write_all(b"cannot arrive").unwrap();
+        drop(server);
+        let mut capture = SocketCapture::begin(lab.hosts[0].as_fd()).unwrap();
+        let wrong = capture.finish(&mut [], Access::Frozen);
+        lab.up(0);
+        matches!(wrong.as_slice(), [(0, SocketError::Transient { .. })])
+    });
+    assert!(told);
 }
 
 #[test]
