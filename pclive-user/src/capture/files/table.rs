@@ -13,6 +13,7 @@ use pclive_wire::{HostPid, NsPid};
 use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
 
 /// A descriptor number in a process; says so in errors and obstacles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +64,17 @@ impl TableReader {
         Self { access, buffer: vec![0; 4096] }
     }
 
-    /// All descriptors of a process, by number. While the container runs, those that are closed meanwhile are left out.
+    /// All descriptors of a process, by number. While the container runs, those that are closed meanwhile are left out,
+    /// and a process that ends meanwhile has none.
     pub fn read(&mut self, index: usize, process: &SourceProcess) -> Result<Vec<OpenFd>, FileError> {
+        let has_ended = || !Path::new(&format!("/proc/{}", process.pid)).exists();
+        match self.read_table(index, process) {
+            Err(_) if self.access == Access::Survey && has_ended() => Ok(Vec::new()),
+            result => result,
+        }
+    }
+
+    fn read_table(&mut self, index: usize, process: &SourceProcess) -> Result<Vec<OpenFd>, FileError> {
         let directory = |name: &str| {
             let path = format!("/proc/{}/{name}", process.pid);
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
