@@ -130,29 +130,27 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
     heap.map_or(start_brk, |vma| vma.range.end())
 }
 
-/// A process as it is now, with everything: all its threads are stopped. The descriptor table is filled in by the caller.
-pub fn capture_stopped(
-    process: &SourceProcess,
-    parent: NsPid,
-    stopped: &StoppedProcess,
-    vmas: &mut VmaReader,
-) -> Result<Process, ProcessError> {
-    let mut captured = capture_layout(process, parent, Vec::new(), vmas)?;
-    let (memory, syscall) = prepare_injection(process.pid, &captured.vmas)?;
+/// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
+/// the process, also on failure.
+pub fn capture_stopped(mut layout: Process, stopped: &StoppedProcess) -> Result<Process, ProcessError> {
+    let pid = stopped.pid;
+    let (memory, syscall) = prepare_injection(pid, &layout.vmas)?;
     let leader = &stopped.leader().tracee;
-    let borrowed = Borrowed::new(leader, syscall)?;
-    let arena = borrowed.map_arena(ARENA_SIZE, None)?;
-    let timers = PosixTimers::list(process.pid)?;
-    let questions = Questions::new(&timers);
-    let answers = borrowed.run(&arena, &questions.script)?;
-    borrowed.give_back()?;
-    captured.threads = capture_threads(stopped, &memory, syscall, &arena)?;
-    let borrowed = Borrowed::new(leader, syscall)?;
-    borrowed.unmap_arena(arena)?;
-    borrowed.give_back()?;
-    captured.mm.brk = questions.brk(&answers);
-    captured.state = Some(Box::new(process_state(process.pid, leader, &questions, &answers, timers)?));
-    Ok(captured)
+    let arena = Borrowed::lend(leader, syscall, |borrowed| borrowed.map_arena(ARENA_SIZE, None))?;
+    let ask = || -> Result<_, ProcessError> {
+        let timers = PosixTimers::list(pid)?;
+        let questions = Questions::new(&timers);
+        let answers = Borrowed::lend(leader, syscall, |borrowed| borrowed.run(&arena, &questions.script))?;
+        let threads = capture_threads(stopped, &memory, syscall, &arena)?;
+        Ok((timers, questions, answers, threads))
+    };
+    let asked = ask();
+    Borrowed::lend(leader, syscall, |borrowed| borrowed.unmap(arena.range()))?;
+    let (timers, questions, answers, threads) = asked?;
+    layout.threads = threads;
+    layout.mm.brk = questions.brk(&answers);
+    layout.state = Some(Box::new(process_state(pid, leader, &questions, &answers, timers)?));
+    Ok(layout)
 }
 
 fn process_state(

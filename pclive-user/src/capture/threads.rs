@@ -143,15 +143,12 @@ fn capture_thread(
     let tracee = &thread.tracee;
     let tid = tracee.tid();
     let questions = Questions::new();
-    let borrowed = Borrowed::new(tracee, syscall)?;
-    let registers = *borrowed.original().0;
+    let (registers, blocked) = (tracee.registers()?, tracee.signal_mask()?);
     let mut code = [0; CODE_BEFORE];
     // Unreadable: not the address after a system call.
     let _ = memory.read(VirtAddr(registers.rip.wrapping_sub(CODE_BEFORE as u64)), &mut code);
     let registers = restartable(registers, code);
-    let blocked = borrowed.original().1;
-    let answers = borrowed.run(arena, &questions.script)?;
-    borrowed.give_back()?;
+    let answers = Borrowed::lend(tracee, syscall, |borrowed| borrowed.run(arena, &questions.script))?;
     let status = procfs::process::Process::new(pid.0)
         .and_then(|process| process.task_from_tid(tid.0)?.status())
         .map_err(|source| ThreadError::Proc { pid, tid, source })?;

@@ -23,13 +23,14 @@ use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pagemap::{Categories, Filter, Pagemap, Region};
 use pclive_sys::pidfd::pidfd_getfd;
 use pclive_sys::ptrace::{Seize, Tracee};
-use pclive_sys::script::{Borrowed, Script};
+use pclive_sys::script::{Arena, Borrowed, Script};
 use pclive_sys::uffd::{self, Features, Mode, Uffd};
 use pclive_wire::layout::mapped_anew;
 use pclive_wire::manifest::{Backing, Vma};
 use pclive_wire::units::USER_END;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Room for the script that makes the userfaultfd, in bytes.
@@ -85,7 +86,7 @@ pub struct TrackedProcess {
     /// None if the process was stopped before it was ever tracked.
     uffd: Option<Uffd>,
     pagemap: Pagemap,
-    memory: ProcessMemory,
+    memory: Arc<ProcessMemory>,
     /// The layout of the last round.
     layout: Vec<Vma>,
     /// Every page that was sent and not yet reported absent.
@@ -106,25 +107,24 @@ impl TrackedProcess {
         tracee.interrupt()?;
         tracee.wait_trap()?;
         let stopped_at = Instant::now();
-        let borrowed = Borrowed::new(&tracee, syscall)?;
-        let arena = borrowed.map_arena(ARENA_SIZE, None)?;
-        let mut script = Script::new();
-        let fd = script.call("userfaultfd", libc::SYS_userfaultfd, [uffd::CREATE_FLAGS.into()]);
-        let made = borrowed.run(&arena, &script).map(|outcome| outcome.result(fd) as i32);
-        let taken = made.and_then(|fd| {
-            let taken = pidfd_getfd(process.pidfd.as_fd(), fd);
-            let mut script = Script::new();
-            script.call("close", libc::SYS_close, [fd.into()]);
-            borrowed.run(&arena, &script)?;
-            Ok(taken)
+        let taken = Borrowed::lend(&tracee, syscall, |borrowed| {
+            let arena = borrowed.map_arena(ARENA_SIZE, None)?;
+            let taken = take_userfaultfd(borrowed, &arena, process);
+            borrowed.unmap_arena(arena)?;
+            taken
         });
-        borrowed.unmap_arena(arena)?;
-        borrowed.give_back()?;
         tracee.detach()?;
         let stopped_for = stopped_at.elapsed();
         let fd = taken?.map_err(|source| TrackError::TakeOver { pid, source })?;
         let uffd = Uffd::adopt(fd, pid, Features::TRACKING)?;
-        Ok(Self { uffd: Some(uffd), pagemap, memory, layout: Vec::new(), sent: PageSet::new(), stopped_for })
+        Ok(Self {
+            uffd: Some(uffd),
+            pagemap,
+            memory: Arc::new(memory),
+            layout: Vec::new(),
+            sent: PageSet::new(),
+            stopped_for,
+        })
     }
 
     /// A process that is stopped already: all its pages are dirty, and none will be written.
@@ -132,16 +132,16 @@ impl TrackedProcess {
         Ok(Self {
             uffd: None,
             pagemap: Pagemap::open(pid)?,
-            memory: ProcessMemory::open(pid)?,
+            memory: Arc::new(ProcessMemory::open(pid)?),
             layout: Vec::new(),
             sent: PageSet::new(),
             stopped_for: Duration::ZERO,
         })
     }
 
-    /// The process's memory, to read pages from.
-    pub fn memory(&self) -> &ProcessMemory {
-        &self.memory
+    /// The process's memory, to read pages from: by any thread, whatever becomes of the tracking meanwhile.
+    pub fn memory(&self) -> Arc<ProcessMemory> {
+        self.memory.clone()
     }
 
     /// Begins a round: returns what was written since the last one, protecting it again. `layout` are the mappings now.
@@ -251,6 +251,22 @@ const POPULATED: Filter = Filter {
     without: Categories::FILE,
     report: Categories::WRITTEN.or(Categories::PRESENT),
 };
+
+/// Has the process make a userfaultfd, duplicates it, and has the process close its own.
+fn take_userfaultfd(
+    borrowed: &Borrowed<'_>,
+    arena: &Arena,
+    process: &SourceProcess,
+) -> pclive_sys::Result<nix::Result<OwnedFd>> {
+    let mut script = Script::new();
+    let fd = script.call("userfaultfd", libc::SYS_userfaultfd, [uffd::CREATE_FLAGS.into()]);
+    let fd = borrowed.run(arena, &script)?.result(fd) as i32;
+    let taken = pidfd_getfd(process.pidfd.as_fd(), fd);
+    let mut script = Script::new();
+    script.call("close", libc::SYS_close, [fd.into()]);
+    borrowed.run(arena, &script)?;
+    Ok(taken)
+}
 
 /// The ranges between the mappings that cannot be registered: from the lowest address to the highest.
 fn registrable(layout: &[Vma]) -> Vec<PageRange> {

@@ -365,6 +365,18 @@ impl SyscallInstruction {
 }
 
 impl<'t> Borrowed<'t> {
+    /// Has `errand` done in a thread that is in a ptrace stop, and gives it back whether or not that succeeds.
+    pub fn lend<T>(
+        tracee: &'t Tracee,
+        syscall: SyscallInstruction,
+        errand: impl FnOnce(&Self) -> Result<T>,
+    ) -> Result<T> {
+        let borrowed = Self::new(tracee, syscall)?;
+        let done = errand(&borrowed);
+        borrowed.give_back()?;
+        done
+    }
+
     /// Borrows a thread that is in a ptrace stop.
     pub fn new(tracee: &'t Tracee, syscall: SyscallInstruction) -> Result<Self> {
         let (registers, mask) = (tracee.registers()?, tracee.signal_mask()?);

@@ -157,6 +157,13 @@ pub struct RoundSummary {
     pub absent_pages: u64,
 }
 
+impl RoundSummary {
+    /// A round of which nothing has been sent, or has arrived.
+    pub fn none(round: Round) -> Self {
+        Self { round, pages: 0, zero_pages: 0, absent_pages: 0 }
+    }
+}
+
 /// Why the source gave up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum AbortReason {

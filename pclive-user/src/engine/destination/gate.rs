@@ -117,8 +117,7 @@ impl Gate {
             }
             if state.barriers.get(&round) == Some(&streams) {
                 state.barriers.remove(&round);
-                let none = RoundSummary { round, pages: 0, zero_pages: 0, absent_pages: 0 };
-                return Ok(state.arrived.remove(&round).unwrap_or(none));
+                return Ok(state.arrived.remove(&round).unwrap_or(RoundSummary::none(round)));
             }
             if state.closed {
                 return Err(PageError::Closed);
@@ -176,8 +175,7 @@ impl Gate {
         if state.closed {
             return Err(PageError::Closed);
         }
-        let none = RoundSummary { round, pages: 0, zero_pages: 0, absent_pages: 0 };
-        let arrived = state.arrived.entry(round).or_insert(none);
+        let arrived = state.arrived.entry(round).or_insert(RoundSummary::none(round));
         for run in batch.runs() {
             match run.kind {
                 RunKind::Raw => arrived.pages += run.range.pages,

@@ -1,8 +1,9 @@
 //! The container at the source: its processes, what tracks them, and what stops them.
 
+use super::pages::ProcessPages;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
-use crate::capture::process::{ProcessError, capture_layout, capture_stopped};
+use crate::capture::process::{ProcessError, capture_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
@@ -239,23 +240,14 @@ impl Container {
         Ok(round)
     }
 
-    /// Every process with all its state, apart from descriptors.
-    pub fn capture(&mut self, stopped: &[StoppedProcess]) -> Result<Vec<Process>, ContainerError> {
-        let mut captured = Vec::with_capacity(stopped.len());
-        for (process, stopped) in self.processes.iter().zip(stopped) {
-            let pid = process.pid;
-            let parent = ns_pid(&self.processes, process.parent);
-            let live = self.live.get_mut(&pid).expect("every process has an entry");
-            let process = capture_stopped(process, parent, stopped, &mut live.vmas);
-            captured.push(process.map_err(|source| ContainerError::Process { pid, source })?);
-        }
-        Ok(captured)
-    }
-
-    /// The tracked process with this number inside.
-    pub fn tracked(&self, pid: NsPid) -> Option<&TrackedProcess> {
-        let process = self.processes.iter().find(|process| process.ns_pid == pid)?;
-        self.live.get(&process.pid)?.tracked.as_ref()
+    /// The pages of a round, of the processes that are still there, ready to be read and sent.
+    pub fn pages(&self, round: impl IntoIterator<Item = (NsPid, Dirty)>) -> Vec<ProcessPages> {
+        let pages = |(pid, dirty)| {
+            let process = self.processes.iter().find(|process| process.ns_pid == pid)?;
+            let memory = self.live.get(&process.pid)?.tracked.as_ref()?.memory();
+            Some(ProcessPages { pid, memory, dirty })
+        };
+        round.into_iter().filter_map(pages).collect()
     }
 
     /// Ends the tracking: nothing of pclive stays in the processes.

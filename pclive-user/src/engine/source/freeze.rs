@@ -1,8 +1,9 @@
 //! The blackout at the source: stop, last pages, all state, handoff.
 
-use super::pages::{ProcessPages, send_round};
+use super::pages::send_round;
 use super::{MigrateError, Migration, STEP};
 use crate::capture::files::{CapturedFiles, capture_files};
+use crate::capture::process::capture_stopped;
 use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
@@ -103,34 +104,15 @@ impl Migration<'_> {
         }
         self.clock.enter("last dirty pages");
         let dirty = self.container.last_round(stopped)?;
-        let (layouts, dirty): (Vec<Process>, Vec<_>) = dirty.into_iter().unzip();
-        let pids: Vec<_> = layouts.iter().map(|process| process.pid).collect();
-        let dirty_pages = dirty.iter().map(|dirty| dirty.written.pages()).sum();
-        let manifest =
-            Manifest { round: self.round, last: false, processes: layouts, descriptions: Vec::new() };
-        self.send_manifest(manifest)?;
-        let memories: Vec<_> = pids
-            .iter()
-            .map(|&pid| pclive_sys::mem::ProcessMemory::open(self.host_pid(pid)))
-            .collect::<Result<_, _>>()
-            .map_err(|source| super::SendError::Read { pid: pids[0], source })?;
-        let pages: Vec<ProcessPages<'_>> = pids
-            .iter()
-            .zip(dirty)
-            .zip(&memories)
-            .map(|((&pid, dirty), memory)| ProcessPages {
-                pid,
-                memory,
-                written: dirty.written,
-                absent: dirty.absent,
-            })
-            .collect();
+        let dirty_pages = dirty.iter().map(|(_, dirty)| dirty.written.pages()).sum();
+        let layouts = dirty.iter().map(|(layout, _)| layout.clone()).collect();
+        let pages = self.send_layouts(dirty)?;
         let round = self.round;
         let (sent, captured) = std::thread::scope(|scope| {
             let sender = &mut self.sender;
             let sending = scope.spawn(move || send_round(sender, round, &pages, None));
             self.clock.enter("capture state");
-            let captured = capture(&mut self.links, &mut self.container, stopped);
+            let captured = capture(layouts, stopped, &mut self.links, &self.container);
             self.clock.enter("send last pages");
             (sending.join().expect("sending does not panic"), captured)
         });
@@ -143,11 +125,6 @@ impl Migration<'_> {
         }
         self.clock.enter("send state");
         self.send_last(processes, files).map(Ok)
-    }
-
-    fn host_pid(&self, pid: pclive_wire::NsPid) -> pclive_wire::HostPid {
-        let process = self.container.processes().iter().find(|process| process.ns_pid == pid);
-        process.expect("a layout of each process").pid
     }
 
     fn send_last(
@@ -193,13 +170,18 @@ impl Migration<'_> {
 
 /// Takes the links down and reads everything but pages.
 fn capture(
-    links: &mut crate::runtime::Links,
-    container: &mut super::Container,
+    layouts: Vec<Process>,
     stopped: &[StoppedProcess],
+    links: &mut crate::runtime::Links,
+    container: &super::Container,
 ) -> Result<(Vec<Process>, CapturedFiles), MigrateError> {
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
-    let processes = container.capture(stopped)?;
+    let capture = |(layout, stopped): (Process, &StoppedProcess)| {
+        capture_stopped(layout, stopped)
+            .map_err(|source| super::ContainerError::Process { pid: stopped.pid, source })
+    };
+    let processes = layouts.into_iter().zip(stopped).map(capture).collect::<Result<_, _>>()?;
     links.take_down()?;
     let mut obstacles = Obstacles::default();
     let files = capture_files(container.processes(), container.env(), Access::Frozen, &mut obstacles)?;

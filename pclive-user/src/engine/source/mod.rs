@@ -26,6 +26,7 @@ use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Statu
 use crate::track::observer::ObserveError;
 use crate::track::{Heat, Tier, WriteObserver};
 use crate::transport::{self, Cancellation, PageSender, SourceChannel};
+use freeze::{Frozen, Handed};
 use nix::sys::resource::UsageWho;
 use pclive_wire::Round;
 use pclive_wire::control::{AbortReason, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage};
@@ -315,5 +316,3 @@ impl Migration<'_> {
         report.source_cpu_us = cpu_time(UsageWho::RUSAGE_SELF).as_micros() as u64;
     }
 }
-
-use freeze::{Frozen, Handed};

@@ -6,7 +6,7 @@ use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
 use crate::policy::convergence::{Decision, Limits, decide, predicted_blackout};
-use crate::track::pageset::PageSet;
+use crate::track::attach::Dirty;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
 use pclive_wire::manifest::{Manifest, Process};
 use pclive_wire::{PAGE_SIZE, Round};
@@ -59,8 +59,12 @@ impl Migration<'_> {
         let processes = self.container.begin_round()?;
         let dirty_pages = processes.iter().map(|(_, written)| written.pages()).sum();
         self.progress.round(self.round, dirty_pages);
-        let (layouts, written): (Vec<Process>, Vec<PageSet>) = processes.into_iter().unzip();
-        let sent = self.send_round(layouts, written)?;
+        let processes = processes.into_iter().map(|(layout, written)| {
+            let dirty = Dirty { written, ..Dirty::default() };
+            (layout, dirty)
+        });
+        let pages = self.send_layouts(processes.collect())?;
+        let sent = send_round(&mut self.sender, self.round, &pages, Some(self.cancellation))?;
         self.end_round(sent)?;
         Ok(self.note_round(sent, dirty_pages, start))
     }
@@ -75,24 +79,18 @@ impl Migration<'_> {
         report
     }
 
-    fn send_round(
+    /// Begins a round at the destination; returns its pages.
+    pub(super) fn send_layouts(
         &mut self,
-        layouts: Vec<Process>,
-        written: Vec<PageSet>,
-    ) -> Result<RoundSummary, MigrateError> {
-        let pids: Vec<_> = layouts.iter().map(|process| process.pid).collect();
+        processes: Vec<(Process, Dirty)>,
+    ) -> Result<Vec<ProcessPages>, MigrateError> {
+        let (layouts, dirty): (Vec<Process>, Vec<Dirty>) = processes.into_iter().unzip();
+        let pids = layouts.iter().map(|layout| layout.pid);
+        let pages = self.container.pages(pids.zip(dirty));
         let manifest =
             Manifest { round: self.round, last: false, processes: layouts, descriptions: Vec::new() };
         self.send_manifest(manifest)?;
-        let pages: Vec<ProcessPages<'_>> = pids
-            .into_iter()
-            .zip(written)
-            .filter_map(|(pid, written)| {
-                let memory = self.container.tracked(pid)?.memory();
-                Some(ProcessPages { pid, memory, written, absent: PageSet::new() })
-            })
-            .collect();
-        Ok(send_round(&mut self.sender, self.round, &pages, Some(self.cancellation))?)
+        Ok(pages)
     }
 
     /// Sends what the container looks like now.
