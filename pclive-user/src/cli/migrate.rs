@@ -98,7 +98,7 @@ fn conclude(result: &Result<(), MigrateError>, report: &mut Report) -> ExitCode 
         );
         return ExitCode::SUCCESS;
     };
-    let text = format!("{:#}", anyhow::Error::msg(chain(error)));
+    let text = chain(error);
     report.error = Some(text.clone());
     let (result, code) = match error {
         MigrateError::Obstacles(_) => ("failed", exit::OBSTACLES),

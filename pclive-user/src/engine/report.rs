@@ -44,8 +44,6 @@ pub struct Report {
     pub result: String,
     /// Why it failed.
     pub error: Option<String>,
-    /// What could not be had on these hosts, and what was done instead.
-    pub degraded: Vec<String>,
 }
 
 /// One round.

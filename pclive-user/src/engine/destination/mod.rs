@@ -8,7 +8,7 @@ pub use gate::PageError;
 use super::clock::Clock;
 use super::usage::{cpu_time, peak_rss_bytes};
 use crate::handoff::{self, DestinationAction, DestinationEvent, DestinationState, Reason};
-use crate::host::{self, HostError};
+use crate::host;
 use crate::restore::Sandbox;
 use crate::restore::files::{FileError, OpenedFiles, open_files};
 use crate::restore::skeleton::{Skeleton, SkeletonError};
@@ -23,7 +23,7 @@ use pclive_wire::control::{
     Accepted, DestinationMessage, Failure, Proposal, RemoteError, RoundApplied, RoundSummary, RunningReport,
     SourceMessage,
 };
-use pclive_wire::facts::mismatches;
+use pclive_wire::facts::{HostFacts, mismatches};
 use pclive_wire::manifest::Manifest;
 use pclive_wire::phase::Side;
 use std::os::fd::{AsFd, OwnedFd};
@@ -45,8 +45,6 @@ const ROUND_END: Duration = Duration::from_secs(60);
 pub enum DestinationError {
     #[error(transparent)]
     Transport(#[from] transport::Error),
-    #[error(transparent)]
-    Host(#[from] HostError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]
@@ -120,14 +118,13 @@ impl Destination {
     pub fn migrate(&self, incoming: Incoming) -> Result<Ended, DestinationError> {
         let Incoming { proposal, channel, session, cancellation: _ } = incoming;
         let mut peer = Peer { channel, handoff: handoff::Destination::default() };
-        let bundle = match self.consider(&proposal) {
-            Ok(bundle) => bundle,
+        let (bundle, facts) = match self.consider(&proposal) {
+            Ok(considered) => considered,
             Err(refusal) => {
                 peer.tell(DestinationEvent::Refused(refusal.clone()));
                 return Ok(Ended::Rejected(refusal));
             }
         };
-        let facts = host::facts()?;
         peer.note(DestinationEvent::Prepared)?;
         peer.channel.send(&DestinationMessage::Accepted(Accepted { token: session.token(), facts }))?;
         let built =
@@ -138,8 +135,8 @@ impl Destination {
         }
     }
 
-    /// Whether the proposal can be taken up at all.
-    fn consider(&self, proposal: &Proposal) -> Result<Bundle, RemoteError> {
+    /// Whether the proposal can be taken up at all: with what bundle, on what host.
+    fn consider(&self, proposal: &Proposal) -> Result<(Bundle, HostFacts), RemoteError> {
         let failed =
             |error: &(dyn std::error::Error + 'static)| RemoteError::Failed(Failure::from_error(error));
         let facts = host::facts().map_err(|e| failed(&e))?;
@@ -150,7 +147,7 @@ impl Destination {
         let id = ContainerId::new(&proposal.container).map_err(|e| failed(&e))?;
         let bundle = Bundle::open(&self.bundles, &id).map_err(|e| failed(&e))?;
         match self.runtime.state(&id) {
-            Err(RuntimeError::NotFound { .. }) => Ok(bundle),
+            Err(RuntimeError::NotFound { .. }) => Ok((bundle, facts)),
             Err(error) => Err(failed(&error)),
             Ok(_) => Err(RemoteError::NameTaken { container: proposal.container.clone() }),
         }
@@ -345,12 +342,14 @@ impl Building {
         let restore_us = received.elapsed().as_micros() as u64;
         peer.note(DestinationEvent::Running)?;
         self.clock.leave();
+        // Before the report is dated: the clocks are joined by the time at which it was sent.
+        let cpu = self.close_streams() + thread_cpu_time();
         let report = RunningReport {
             restore_us,
             phases: self.clock.phases().to_vec(),
             commit_received_us,
             sent_us: self.clock.now_us(),
-            cpu_us: (self.close_streams() + thread_cpu_time()).as_micros() as u64,
+            cpu_us: cpu.as_micros() as u64,
             peak_rss_bytes: peak_rss_bytes(),
         };
         if let Err(lost) = peer.channel.send(&DestinationMessage::Running(Box::new(report))) {
