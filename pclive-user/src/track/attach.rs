@@ -149,7 +149,7 @@ impl TrackedProcess {
         self.register_all(layout)?;
         let mut found = Vec::new();
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
-            self.pagemap.scan_and_protect(vma.range, WRITTEN, &mut found)?;
+            self.pagemap.scan_and_protect(vma.range, written(vma), &mut found)?;
         }
         self.populated_of_new(layout, &mut found)?;
         let written: PageSet = found.iter().map(|region| region.range).collect();
@@ -162,7 +162,7 @@ impl TrackedProcess {
     pub fn count_written(&self) -> Result<u64, TrackError> {
         let mut found = Vec::new();
         for vma in self.layout.iter().filter(|vma| has_own_pages(vma)) {
-            self.pagemap.scan(vma.range, WRITTEN, &mut found)?;
+            self.pagemap.scan(vma.range, written(vma), &mut found)?;
         }
         Ok(found.iter().map(|region| region.range.pages).sum())
     }
@@ -173,7 +173,7 @@ impl TrackedProcess {
         let (mut found, mut there) = (Vec::new(), Vec::new());
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
             let first = found.len();
-            self.pagemap.scan(vma.range, POPULATED, &mut found)?;
+            self.pagemap.scan(vma.range, populated(vma), &mut found)?;
             let marks = vma.backing != Backing::Anonymous;
             let is_there = |region: &&Region| !marks || region.categories.has(Categories::PRESENT);
             there.extend(found[first..].iter().filter(is_there).map(|region| region.range));
@@ -226,8 +226,11 @@ impl TrackedProcess {
             return Ok(());
         }
         let private: Vec<Vma> = layout.iter().filter(|vma| has_own_pages(vma)).cloned().collect();
-        for range in mapped_anew(&self.layout, &private) {
-            self.pagemap.scan(range, POPULATED, found)?;
+        for new in mapped_anew(&self.layout, &private) {
+            // Never more than one mapping.
+            for vma in private.iter().filter(|vma| vma.range.intersection(&new).is_some()) {
+                self.pagemap.scan(new, populated(vma), found)?;
+            }
         }
         Ok(())
     }
@@ -235,22 +238,27 @@ impl TrackedProcess {
 
 const RESIDENT: Categories = Categories::PRESENT.or(Categories::SWAPPED);
 
-/// Populated pages that differ from what backs them (a page of the file's page cache does not), written since they were
-/// protected.
-const WRITTEN: Filter = Filter {
-    all: Categories::WRITTEN,
-    any: RESIDENT,
-    without: Categories::FILE,
-    report: Categories::WRITTEN,
-};
+/// Populated pages of their own, written since they were protected.
+fn written(vma: &Vma) -> Filter {
+    Filter { all: Categories::WRITTEN, any: RESIDENT, without: foreign(vma), report: Categories::WRITTEN }
+}
 
-/// Populated pages that differ from what backs them, whether they were written, and whether they are in memory.
-const POPULATED: Filter = Filter {
-    all: Categories::NONE,
-    any: RESIDENT,
-    without: Categories::FILE,
-    report: Categories::WRITTEN.or(Categories::PRESENT),
-};
+/// Populated pages of their own, whether they were written, and whether they are in memory.
+fn populated(vma: &Vma) -> Filter {
+    Filter {
+        all: Categories::NONE,
+        any: RESIDENT,
+        without: foreign(vma),
+        report: Categories::WRITTEN.or(Categories::PRESENT),
+    }
+}
+
+/// The pages of a mapping that are not its own: those of the file that it maps privately, until they are written. To tell
+/// them the kernel looks at each page's `struct page`, which costs more than all the rest of a scan; so it is asked only
+/// where there can be any.
+fn foreign(vma: &Vma) -> Categories {
+    if vma.backing == Backing::Anonymous { Categories::NONE } else { Categories::FILE }
+}
 
 /// Has the process make a userfaultfd, duplicates it, and has the process close its own.
 fn take_userfaultfd(
