@@ -33,6 +33,8 @@ impl Netns {
         // Duplicate address detection would keep an address from use for its first second.
         netns.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
         netns.sysctl("net/ipv6/conf/all/accept_dad", "0")?;
+        // Every kernel has it and lets a namespace choose it. The machine's own may pace each connection by a timer.
+        netns.sysctl("net/ipv4/tcp_congestion_control", "reno")?;
         Ok(netns)
     }
 
