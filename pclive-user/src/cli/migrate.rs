@@ -41,6 +41,12 @@ pub struct MigrateArgs {
     /// Freeze as soon as the predicted blackout is shorter than this, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 50)]
     max_blackout: u64,
+    /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    hot_rounds: usize,
+    /// Send every dirty page whole, also where only a part of it has changed.
+    #[arg(long)]
+    whole_pages: bool,
     /// How writes are tracked.
     #[arg(long, value_enum, default_value_t = TrackerArg::Auto)]
     tracker: TrackerArg,
@@ -81,6 +87,8 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         restore_from: Round(args.restore_from),
         max_rounds: args.max_rounds,
         max_blackout: Duration::from_millis(args.max_blackout),
+        hot_rounds: args.hot_rounds,
+        patch_pages: !args.whole_pages,
         tracker: args.tracker.tier()?,
     })
 }

@@ -49,9 +49,11 @@ pub struct Report {
 /// One round.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct RoundReport {
-    /// Pages sent with contents.
+    /// Pages sent with all of their contents.
     pub pages: u64,
-    /// Their bytes.
+    /// Pages of which only the blocks were sent that had changed.
+    pub patched_pages: u64,
+    /// Bytes of the page streams.
     pub bytes: u64,
     /// Pages that the tracker found dirty.
     pub dirty_pages: u64,

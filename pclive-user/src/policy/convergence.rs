@@ -1,17 +1,16 @@
 //! When to freeze.
 //!
-//! After each round it is known how many pages have been written meanwhile, and how fast pages go. Freezing now would
-//! send these pages during the blackout:
+//! After each round it is known how many pages have been written meanwhile, about how many bytes they will take, and how
+//! fast bytes go. Freezing now would send them during the blackout:
 //!
 //! ```text
-//!   predicted blackout = fixed cost + pages to send / bandwidth
+//!   predicted blackout = fixed cost + bytes to send / bandwidth
 //! ```
 //!
 //! Another round is worth its traffic only if it makes this smaller. Writes to a working set that is rewritten faster
 //! than it can be sent do not get fewer; then waiting costs the network and the clients, and gains nothing.
 
 use super::bandwidth::Bandwidth;
-use pclive_wire::PAGE_SIZE;
 use std::time::Duration;
 
 /// What the operator asked for, and what is known of the hosts.
@@ -45,26 +44,26 @@ pub enum FreezeReason {
     RoundLimit,
 }
 
-/// How long the blackout would be if the container were frozen with `pages` left to send; `None` while nothing is known
+/// How long the blackout would be if the container were frozen with `bytes` left to send; `None` while nothing is known
 /// of the bandwidth.
-pub fn predicted_blackout(pages: u64, bandwidth: &Bandwidth, limits: &Limits) -> Option<Duration> {
-    let sending = bandwidth.time_for(pages.saturating_mul(PAGE_SIZE))?;
+pub fn predicted_blackout(bytes: u64, bandwidth: &Bandwidth, limits: &Limits) -> Option<Duration> {
+    let sending = bandwidth.time_for(bytes)?;
     Some(limits.fixed_cost.saturating_add(sending))
 }
 
 /// How many rounds in a row may fail to get ahead.
 const PATIENCE: usize = 2;
-/// A round gets ahead if it leaves at most this part of the fewest pages left before.
+/// A round gets ahead if it leaves at most this part of the fewest bytes left before.
 const AHEAD: f64 = 0.9;
 
-/// Decides after a round. `left` has the pages left to send after each round so far, oldest first: those written during
-/// the round, and those held back ([`super::hot`]).
+/// Decides after a round. `left` has the bytes left to send after each round so far, oldest first: of pages written during
+/// the round, and of those held back ([`super::hot`]).
 pub fn decide(left: &[u64], bandwidth: &Bandwidth, limits: &Limits) -> Decision {
     if left.len() >= limits.max_rounds as usize {
         return Decision::Freeze(FreezeReason::RoundLimit);
     }
-    let Some(&pages) = left.last() else { return Decision::Round };
-    if predicted_blackout(pages, bandwidth, limits).is_some_and(|blackout| blackout <= limits.max_blackout) {
+    let Some(&bytes) = left.last() else { return Decision::Round };
+    if predicted_blackout(bytes, bandwidth, limits).is_some_and(|blackout| blackout <= limits.max_blackout) {
         return Decision::Freeze(FreezeReason::ShortEnough);
     }
     if rounds_without_progress(left) >= PATIENCE {
@@ -77,9 +76,9 @@ pub fn decide(left: &[u64], bandwidth: &Bandwidth, limits: &Limits) -> Decision 
 fn rounds_without_progress(left: &[u64]) -> usize {
     let mut fewest = u64::MAX;
     let mut stalled = 0;
-    for &pages in left {
-        stalled = if pages as f64 <= fewest as f64 * AHEAD { 0 } else { stalled + 1 };
-        fewest = fewest.min(pages);
+    for &bytes in left {
+        stalled = if bytes as f64 <= fewest as f64 * AHEAD { 0 } else { stalled + 1 };
+        fewest = fewest.min(bytes);
     }
     stalled
 }
@@ -89,6 +88,7 @@ mod tests {
     use super::*;
     use Decision::{Freeze, Round};
     use FreezeReason::{NoProgress, RoundLimit, ShortEnough};
+    use pclive_wire::PAGE_SIZE;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn the_prediction_is_fixed_cost_and_transfer() {
-        assert_eq!(predicted_blackout(1000, &gigabit(), &limits(0, 0)), Some(60 * MS));
+        assert_eq!(predicted_blackout(1000 * PAGE_SIZE, &gigabit(), &limits(0, 0)), Some(60 * MS));
         assert_eq!(predicted_blackout(0, &gigabit(), &limits(0, 0)), Some(20 * MS));
         assert_eq!(predicted_blackout(u64::MAX, &Bandwidth::default(), &limits(0, 0)), None);
         assert!(predicted_blackout(u64::MAX, &gigabit(), &limits(0, 0)).is_some());
@@ -134,7 +134,8 @@ mod tests {
             (&[9000, 8000, 7000], 60, 3, Freeze(RoundLimit)),
             (&[0], 20, 10, Freeze(ShortEnough)),
         ] {
-            assert_eq!(decide(left, &gigabit(), &limits(max_blackout, max_rounds)), expected, "{left:?}");
+            let left: Vec<u64> = left.iter().map(|pages| pages * PAGE_SIZE).collect();
+            assert_eq!(decide(&left, &gigabit(), &limits(max_blackout, max_rounds)), expected, "{left:?}");
         }
     }
 

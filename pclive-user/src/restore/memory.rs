@@ -9,6 +9,7 @@ use pclive_sys::pagemap::{Categories, Filter, Pagemap};
 use pclive_sys::uffd::{Placed, Uffd};
 use pclive_sys::{Error, Result};
 use pclive_wire::manifest::{Backing, Vma};
+use pclive_wire::page_frame::{BLOCK_LEN, BlockMask};
 use pclive_wire::{PAGE_SIZE, PageRange, VirtAddr};
 
 /// A page of zeros, for pages that have to be overwritten with them.
@@ -70,6 +71,24 @@ impl Placement {
         Ok(())
     }
 
+    /// Overwrites the blocks of `mask` in every page of `range` with `contents`. The pages have been placed before: without
+    /// one there is nothing that the rest of it could be, and this fails.
+    pub fn patch(&self, range: PageRange, mask: BlockMask, contents: &[u8]) -> Result<()> {
+        let blocks_of_page = contents.chunks_exact(mask.blocks() * BLOCK_LEN);
+        for (page, mut blocks) in (0..range.pages).zip(blocks_of_page) {
+            let page = range.start.offset(page * PAGE_SIZE);
+            if !self.is_mapped(page) {
+                continue;
+            }
+            for (at, len) in mask.parts() {
+                let (part, rest) = blocks.split_at(len);
+                self.memory.write(page.offset(at as u64), part)?;
+                blocks = rest;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes every page of `range` read as zero. Absent anonymous pages do already.
     pub fn place_zeros(&self, range: PageRange) -> Result<()> {
         for (part, anonymous) in self.parts(range) {
@@ -83,6 +102,11 @@ impl Placement {
             }
         }
         Ok(())
+    }
+
+    fn is_mapped(&self, addr: VirtAddr) -> bool {
+        let next = self.vmas.partition_point(|vma| vma.range.end() <= addr);
+        self.vmas.get(next).is_some_and(|vma| vma.range.start <= addr)
     }
 
     /// The parts of `range` that are mapped, and whether they are anonymous memory.

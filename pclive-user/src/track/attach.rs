@@ -15,7 +15,6 @@
 //! (`pte_marker_uffd_wp`), which a scan cannot tell from a page in swap: there, whatever is not present is simply read,
 //! and sent again as what the process would see.
 
-use super::pageset::PageSet;
 use crate::capture::SourceProcess;
 use crate::capture::process::{ProcessError, prepare_injection};
 use nix::errno::Errno;
@@ -28,7 +27,7 @@ use pclive_sys::uffd::{self, Features, Mode, Uffd};
 use pclive_wire::layout::mapped_anew;
 use pclive_wire::manifest::{Backing, Vma};
 use pclive_wire::units::USER_END;
-use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
+use pclive_wire::{HostPid, PAGE_SIZE, PageRange, PageSet, VirtAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -158,13 +157,13 @@ impl TrackedProcess {
         Ok(written)
     }
 
-    /// How many pages were written since the last round. Protects nothing, and does not see mappings that are new since.
-    pub fn count_written(&self) -> Result<u64, TrackError> {
+    /// The pages written since the last round. Protects nothing, and does not see mappings that are new since.
+    pub fn written(&self) -> Result<PageSet, TrackError> {
         let mut found = Vec::new();
         for vma in self.layout.iter().filter(|vma| has_own_pages(vma)) {
             self.pagemap.scan(vma.range, written(vma), &mut found)?;
         }
-        Ok(found.iter().map(|region| region.range.pages).sum())
+        Ok(found.iter().map(|region| region.range).collect())
     }
 
     /// A round with every thread stopped: nothing is protected, and pages that have vanished are found.

@@ -3,11 +3,8 @@
 //! A write-protected page raises one event until it is protected again, so a page's count is the number of rounds (or
 //! intervals) in which it was written, and the time is that of the first write in the round.
 
-use super::{
-    observer::{Change, ChangeKind, Drained},
-    pageset::PageSet,
-};
-use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
+use super::observer::{Change, ChangeKind, Drained};
+use pclive_wire::{HostPid, PAGE_SIZE, PageRange, PageSet, VirtAddr};
 use std::{cmp::Reverse, collections::HashMap, time::Duration};
 
 /// How often and when one page was written. Times are on `CLOCK_MONOTONIC`.

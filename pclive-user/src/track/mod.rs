@@ -2,9 +2,9 @@
 
 pub mod attach;
 pub mod btf;
+pub mod digests;
 pub mod heat;
 pub mod observer;
-pub mod pageset;
 pub mod tier;
 
 pub use heat::Heat;

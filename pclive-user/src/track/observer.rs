@@ -17,6 +17,7 @@ use aya::{
     programs::{FEntry, ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
+use nix::time::{ClockId, clock_gettime};
 use pclive_abi::{Event, Kind, Ring};
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
 use std::{fs::File, io, path::PathBuf, time::Duration};
@@ -107,6 +108,9 @@ pub enum ObserveError {
     /// The container's processes cannot be listed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The clock of the events cannot be read.
+    #[error("clock_gettime(CLOCK_MONOTONIC)")]
+    Clock(#[source] nix::Error),
 }
 
 type Result<T, E = ObserveError> = std::result::Result<T, E>;
@@ -180,6 +184,12 @@ pub enum ChangeKind {
     Execed,
     /// The process ended.
     Exited,
+}
+
+/// Now, on the clock of events.
+pub fn now() -> Result<Duration> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(ObserveError::Clock)?;
+    Ok(now.into())
 }
 
 /// Events that found their ring full.

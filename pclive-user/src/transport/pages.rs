@@ -19,8 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pclive_sys::zerocopy;
 use pclive_wire::control::SessionToken;
 use pclive_wire::page_frame::{
-    FrameHeader, HEADER_LEN, MAX_HEAD_LEN, PageFrameError, PageRun, RunKind, StreamOrder, decode_runs,
-    encode_batch,
+    FrameHeader, HEADER_LEN, MAX_HEAD_LEN, PageFrameError, PageRun, StreamOrder, decode_runs, encode_batch,
 };
 use pclive_wire::{NsPid, Round};
 use std::io::{ErrorKind, IoSlice, Read};
@@ -132,7 +131,7 @@ impl PageSender {
         }
     }
 
-    /// Sends `runs` of pages of `process` in the current round. The contents of the raw runs stand at the beginning of
+    /// Sends `runs` of pages of `process` in the current round. The blocks of the runs stand at the beginning of
     /// `buffer`'s contents, in the order of the runs. Returns when the kernel has taken everything.
     pub fn send(&mut self, process: NsPid, runs: &[PageRun], mut buffer: PageBuffer) -> Result {
         let (head, _) = buffer.split_mut();
@@ -239,7 +238,7 @@ pub enum PageEvent {
     Barrier(Round),
 }
 
-/// Pages of one process, checked: runs ascend, and there are contents for every raw page.
+/// Pages of one process, checked: runs ascend, and there are contents for each of them that needs some.
 #[derive(Debug)]
 pub struct Batch {
     /// Whose pages.
@@ -264,7 +263,7 @@ impl Batch {
         &self.runs
     }
 
-    /// Contents of all raw runs, page-aligned.
+    /// Contents of all runs.
     pub fn contents(&self) -> &[u8] {
         match &self.contents {
             Contents::Pooled(buffer, len) => &buffer.contents()[..*len],
@@ -272,12 +271,11 @@ impl Batch {
         }
     }
 
-    /// Each run with its contents, which are empty unless it is raw.
+    /// Each run with its contents.
     pub fn pieces(&self) -> impl Iterator<Item = (PageRun, &[u8])> {
         let mut rest = self.contents();
         self.runs.iter().map(move |&run| {
-            let len = if run.kind == RunKind::Raw { run.range.bytes() as usize } else { 0 };
-            let (contents, after) = rest.split_at(len);
+            let (contents, after) = rest.split_at(run.contents_len());
             rest = after;
             (run, contents)
         })

@@ -21,6 +21,7 @@
 use crate::facts::{HostFacts, HostMismatch};
 use crate::limits::{MAX_NAME, MAX_PAGE_STREAMS};
 use crate::manifest::Manifest;
+use crate::page_frame::{PageRun, RunKind};
 use crate::phase::Phase;
 use crate::units::Round;
 use crate::validate::ManifestError;
@@ -149,8 +150,10 @@ impl Message for DestinationMessage {
 pub struct RoundSummary {
     /// Which round.
     pub round: Round,
-    /// Pages sent with contents.
+    /// Pages sent with all of their contents.
     pub pages: u64,
+    /// Pages of which only some blocks were sent, because the others had not changed.
+    pub patched_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
     /// Pages reported as gone.
@@ -160,7 +163,18 @@ pub struct RoundSummary {
 impl RoundSummary {
     /// A round of which nothing has been sent, or has arrived.
     pub fn none(round: Round) -> Self {
-        Self { round, pages: 0, zero_pages: 0, absent_pages: 0 }
+        Self { round, pages: 0, patched_pages: 0, zero_pages: 0, absent_pages: 0 }
+    }
+
+    /// Adds a run.
+    pub fn count(&mut self, run: &PageRun) {
+        let of_its_kind = match run.kind {
+            RunKind::Raw => &mut self.pages,
+            RunKind::Patch(_) => &mut self.patched_pages,
+            RunKind::Zero => &mut self.zero_pages,
+            RunKind::Absent => &mut self.absent_pages,
+        };
+        *of_its_kind += run.range.pages;
     }
 }
 

@@ -9,8 +9,10 @@ pub mod layout;
 pub mod limits;
 pub mod manifest;
 pub mod page_frame;
+pub mod page_set;
 pub mod phase;
 pub mod units;
 pub mod validate;
 
+pub use page_set::PageSet;
 pub use units::{HostPid, NsPid, PAGE_SIZE, PageRange, Round, VirtAddr};

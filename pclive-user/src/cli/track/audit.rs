@@ -4,11 +4,8 @@
 //! every page of it written; where contents were given back, events stand for writes that are gone. Both are right and
 //! prove nothing, so ranges that changed are left out.
 
-use crate::track::{
-    observer::{Change, ChangeKind, Drained},
-    pageset::PageSet,
-};
-use pclive_wire::{HostPid, PageRange, VirtAddr};
+use crate::track::observer::{Change, ChangeKind, Drained};
+use pclive_wire::{HostPid, PageRange, PageSet, VirtAddr};
 
 /// Which of the two saw a page of one process written.
 #[derive(Clone, Debug, PartialEq, Eq)]

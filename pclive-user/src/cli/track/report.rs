@@ -4,8 +4,8 @@ use super::{
     audit::Comparison,
     session::{Audit, Interval, WORKING_SET_INTERVALS},
 };
-use crate::track::{Heat, Tier, pageset::PageSet};
-use pclive_wire::{HostPid, PAGE_SIZE};
+use crate::track::{Heat, Tier};
+use pclive_wire::{HostPid, PAGE_SIZE, PageSet};
 use serde::Serialize;
 use std::{
     io::{self, Write},

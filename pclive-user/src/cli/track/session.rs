@@ -7,13 +7,11 @@ use crate::{
     track::{
         Heat, WriteObserver,
         attach::has_own_pages,
-        observer::{ChangeKind, Drained, FaultSource, Lost},
-        pageset::PageSet,
+        observer::{ChangeKind, Drained, FaultSource, Lost, now},
     },
 };
-use anyhow::{Context, Result};
-use nix::time::{ClockId, clock_gettime};
-use pclive_wire::{HostPid, NsPid};
+use anyhow::Result;
+use pclive_wire::{HostPid, NsPid, PageSet};
 use std::{collections::HashMap, time::Duration};
 
 /// How long the freezer may take.
@@ -122,7 +120,7 @@ impl Session {
         let known =
             !tree_changed(&drained) && self.cgroup.processes()?.iter().all(|pid| self.own.contains_key(pid));
         let frozen = frozen.filter(|_| known);
-        let now = monotonic()?;
+        let now = now()?;
         let round = self.container.begin_round()?;
         let is_frozen = frozen.is_some();
         drop(frozen);
@@ -182,10 +180,6 @@ fn compare(
         Some((pid, audit::compare(before, after, drained, pid, &process.written)))
     };
     processes.iter().filter_map(of).collect()
-}
-
-fn monotonic() -> Result<Duration> {
-    Ok(clock_gettime(ClockId::CLOCK_MONOTONIC).context("clock_gettime")?.into())
 }
 
 /// A frozen container; runs on when this is dropped.

@@ -177,11 +177,7 @@ impl Gate {
         }
         let arrived = state.arrived.entry(round).or_insert(RoundSummary::none(round));
         for run in batch.runs() {
-            match run.kind {
-                RunKind::Raw => arrived.pages += run.range.pages,
-                RunKind::Zero => arrived.zero_pages += run.range.pages,
-                RunKind::Absent => arrived.absent_pages += run.range.pages,
-            }
+            arrived.count(run);
         }
         for run in batch.runs().iter().filter(|run| run.kind == RunKind::Absent) {
             state.absent.entry((round, batch.process)).or_default().push(run.range);
@@ -204,6 +200,7 @@ impl Gate {
         for (run, contents) in batch.pieces() {
             let placed = match run.kind {
                 RunKind::Raw => placement.place(run.range.start, contents),
+                RunKind::Patch(mask) => placement.patch(run.range, mask, contents),
                 RunKind::Zero => placement.place_zeros(run.range),
                 RunKind::Absent => Ok(()),
             };

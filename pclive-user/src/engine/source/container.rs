@@ -9,9 +9,8 @@ use crate::capture::tree::{TreeError, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
 use crate::runtime::{Cgroup, CgroupError};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess};
-use crate::track::pageset::PageSet;
 use pclive_wire::manifest::{Process, Thread};
-use pclive_wire::{HostPid, NsPid};
+use pclive_wire::{HostPid, NsPid, PageSet};
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
@@ -187,14 +186,14 @@ impl Container {
         Ok(round)
     }
 
-    /// How many pages were written since the last round began.
-    pub fn count_written(&self) -> Result<u64, ContainerError> {
-        let tracked = self.live.iter().filter_map(|(&pid, live)| Some((pid, live.tracked.as_ref()?)));
-        tracked
-            .map(|(pid, tracked)| {
-                tracked.count_written().map_err(|source| ContainerError::Track { pid, source })
-            })
-            .sum()
+    /// The pages that each process has written since the last round began.
+    pub fn written(&self) -> Result<HashMap<NsPid, PageSet>, ContainerError> {
+        let tracked = |process: &SourceProcess| {
+            let tracked = self.live.get(&process.pid)?.tracked.as_ref()?;
+            let at = |source| ContainerError::Track { pid: process.pid, source };
+            Some(tracked.written().map_err(at).map(|written| (process.ns_pid, written)))
+        };
+        self.processes.iter().filter_map(tracked).collect()
     }
 
     /// Stops every thread of every process, also those that are being made meanwhile.

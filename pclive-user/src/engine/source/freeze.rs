@@ -103,14 +103,19 @@ impl Migration<'_> {
             return Ok(Err(unreaped.into_iter().map(reason).collect()));
         }
         self.clock.enter("last dirty pages");
-        let dirty = self.container.last_round(stopped)?;
+        let mut dirty = self.container.last_round(stopped)?;
         let dirty_pages = dirty.iter().map(|(_, dirty)| dirty.written.pages()).sum();
+        for (layout, dirty) in &mut dirty {
+            if let Some(hot) = self.hot.get_mut(&layout.pid) {
+                dirty.written = dirty.written.union(&hot.take_held_back());
+            }
+        }
         let layouts = dirty.iter().map(|(layout, _)| layout.clone()).collect();
         let pages = self.send_layouts(dirty)?;
         let round = self.round;
         let (sent, captured) = std::thread::scope(|scope| {
-            let sender = &mut self.sender;
-            let sending = scope.spawn(move || send_round(sender, round, &pages, None));
+            let (sender, before) = (&mut self.sender, &mut self.sent);
+            let sending = scope.spawn(move || send_round(sender, round, &pages, before, |_| Ok(())));
             self.clock.enter("capture state");
             let captured = capture(layouts, stopped, &mut self.links, &self.container);
             self.clock.enter("send last pages");

@@ -9,6 +9,9 @@ mod freeze;
 mod handoff;
 mod pages;
 mod rounds;
+mod sent;
+
+use sent::Sent;
 
 pub use container::{Container, ContainerError};
 pub use pages::SendError;
@@ -21,6 +24,7 @@ use crate::capture::preflight::{PreflightError, survey};
 use crate::capture::{Access, Obstacle, Obstacles};
 use crate::handoff::{Reason, Source, SourceAction, SourceEvent};
 use crate::host::{self, HostError};
+use crate::policy::hot::HotPages;
 use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
 use crate::track::observer::ObserveError;
@@ -28,10 +32,11 @@ use crate::track::{Heat, Tier, WriteObserver};
 use crate::transport::{self, Cancellation, PageSender, SourceChannel};
 use freeze::{Frozen, Handed};
 use nix::sys::resource::UsageWho;
-use pclive_wire::Round;
 use pclive_wire::control::{AbortReason, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage};
 use pclive_wire::facts::mismatches;
 use pclive_wire::phase::{ClockJoin, Side};
+use pclive_wire::{NsPid, PageSet, Round};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -54,6 +59,10 @@ pub struct Options {
     pub max_rounds: u32,
     /// Predicted blackout at which to freeze.
     pub max_blackout: Duration,
+    /// A page written in so many rounds in a row is held back; 0 holds back none.
+    pub hot_rounds: usize,
+    /// Of a page that was sent before, send only the blocks that have changed.
+    pub patch_pages: bool,
     /// How writes are tracked.
     pub tracker: Tier,
 }
@@ -95,6 +104,8 @@ pub enum MigrateError {
     Observe(#[from] ObserveError),
     #[error(transparent)]
     Send(#[from] SendError),
+    #[error("getrandom")]
+    Random(#[source] getrandom::Error),
     #[error("cannot survey the container")]
     Preflight(#[from] PreflightError),
     /// The destination refused, or failed.
@@ -128,6 +139,12 @@ struct Migration<'a> {
     /// Sees every write as it happens; none in the tier that only scans.
     observer: Option<WriteObserver>,
     heat: Heat,
+    /// What the destination has; `None` if every dirty page is to be sent whole.
+    sent: Option<Sent>,
+    /// The pages of each process that are held back.
+    hot: HashMap<NsPid, HotPages>,
+    /// The pages that were written soon after the last round had begun.
+    written_soon: HashMap<NsPid, PageSet>,
     round: Round,
     report: Report,
     handoff: Source,
@@ -182,6 +199,9 @@ pub fn migrate(
         sender,
         observer,
         heat: Heat::default(),
+        sent: options.patch_pages.then(Sent::nothing).transpose().map_err(MigrateError::Random)?,
+        hot: HashMap::new(),
+        written_soon: HashMap::new(),
         round: Round(0),
         report: std::mem::take(report),
         handoff: Source::default(),

@@ -1,12 +1,14 @@
 //! Reading and sending the pages of a round.
 
+use super::sent::Sent;
 use crate::track::attach::{Dirty, batches};
-use crate::transport::{self, Cancellation, PageSender};
+use crate::track::digests::Digests;
+use crate::transport::{self, PageSender};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::control::RoundSummary;
 use pclive_wire::limits::MAX_BATCH_PAGES;
-use pclive_wire::page_frame::{PageRun, RunKind};
-use pclive_wire::{NsPid, PAGE_SIZE, PageRange, Round};
+use pclive_wire::page_frame::{BlockMask, PageRun, RunKind};
+use pclive_wire::{NsPid, PAGE_SIZE, PageRange, Round, VirtAddr};
 use std::sync::Arc;
 
 /// Why pages could not be sent.
@@ -36,22 +38,22 @@ pub struct ProcessPages {
     pub dirty: Dirty,
 }
 
-/// Sends a round's pages and its barrier; returns what was sent.
+/// Sends a round's pages and its barrier; returns what was sent. Calls `batch_sent` with the pages of each batch.
 pub fn send_round(
     sender: &mut PageSender,
     round: Round,
     pages: &[ProcessPages],
-    cancellation: Option<&Cancellation>,
+    before: &mut Option<Sent>,
+    mut batch_sent: impl FnMut(u64) -> Result<(), SendError>,
 ) -> Result<RoundSummary, SendError> {
     let mut sent = RoundSummary::none(round);
     for process in pages {
+        let mut digests = before.as_mut().and_then(|before| before.digests(process.pid));
         for batch in batches(process.dirty.written.ranges(), MAX_BATCH_PAGES as u64) {
-            if let Some(cancellation) = cancellation {
-                cancellation.check()?;
-            }
-            send_batch(sender, process, &batch, &mut sent)?;
+            send_batch(sender, process, &batch, digests.as_deref_mut(), &mut sent)?;
+            batch_sent(batch.iter().map(|range| range.pages).sum())?;
         }
-        send_absent(sender, process, &mut sent)?;
+        send_absent(sender, process, digests, &mut sent)?;
     }
     sender.barrier()?;
     Ok(sent)
@@ -61,6 +63,7 @@ fn send_batch(
     sender: &mut PageSender,
     process: &ProcessPages,
     ranges: &[PageRange],
+    digests: Option<&mut Digests>,
     sent: &mut RoundSummary,
 ) -> Result<(), SendError> {
     let pid = process.pid;
@@ -68,61 +71,89 @@ fn send_batch(
     let contents = buffer.contents_mut();
     let missing =
         process.memory.read_pages(ranges, contents).map_err(|source| SendError::Read { pid, source })?;
-    let runs = compact(ranges, &missing, contents);
+    let runs = compact(ranges, &missing, contents, digests);
     if runs.is_empty() {
         return Ok(());
     }
-    for run in &runs {
-        match run.kind {
-            RunKind::Raw => sent.pages += run.range.pages,
-            RunKind::Zero => sent.zero_pages += run.range.pages,
-            RunKind::Absent => {}
-        }
-    }
+    runs.iter().for_each(|run| sent.count(run));
     Ok(sender.send(pid, &runs, buffer)?)
 }
 
 fn send_absent(
     sender: &mut PageSender,
     process: &ProcessPages,
+    mut digests: Option<&mut Digests>,
     sent: &mut RoundSummary,
 ) -> Result<(), SendError> {
     for batch in batches(process.dirty.absent.ranges(), MAX_BATCH_PAGES as u64) {
         let runs: Vec<PageRun> =
             batch.iter().map(|&range| PageRun { range, kind: RunKind::Absent }).collect();
-        sent.absent_pages += batch.iter().map(|range| range.pages).sum::<u64>();
+        for run in &runs {
+            sent.count(run);
+            if let Some(digests) = digests.as_deref_mut() {
+                digests.forget(run.range);
+            }
+        }
         let buffer = sender.buffer()?;
         sender.send(process.pid, &runs, buffer)?;
     }
     Ok(())
 }
 
-/// Moves the pages that are not zero to the front of `contents`, and describes what was read as runs. Pages that are
-/// missing (unmapped since they were found dirty) are left out: the next round knows of it.
-fn compact(ranges: &[PageRange], missing: &[usize], contents: &mut [u8]) -> Vec<PageRun> {
+/// Moves what must travel to the front of `contents`, and describes what was read as runs. Pages that are missing (unmapped
+/// since they were found dirty) are left out: the next round knows of it. So are pages that have not really changed.
+fn compact(
+    ranges: &[PageRange],
+    missing: &[usize],
+    contents: &mut [u8],
+    mut digests: Option<&mut Digests>,
+) -> Vec<PageRun> {
     const PAGE: usize = PAGE_SIZE as usize;
     let mut runs: Vec<PageRun> = Vec::new();
     let mut missing = missing.iter().peekable();
-    let (mut from, mut to) = (0, 0);
-    for range in ranges {
-        for page in 0..range.pages {
-            let index = from / PAGE;
-            let bytes = &contents[from..from + PAGE];
-            let is_missing = missing.next_if(|&&gone| gone == index).is_some();
-            let kind = if is_zero(bytes) { RunKind::Zero } else { RunKind::Raw };
-            if !is_missing {
-                if kind == RunKind::Raw {
-                    if to != from {
-                        contents.copy_within(from..from + PAGE, to);
-                    }
-                    to += PAGE;
-                }
-                push(&mut runs, PageRange::new(range.start.offset(page * PAGE_SIZE), 1), kind);
-            }
-            from += PAGE;
+    let mut to = 0;
+    let pages =
+        ranges.iter().flat_map(|range| (0..range.pages).map(|page| range.start.offset(page * PAGE_SIZE)));
+    for (index, page) in pages.enumerate() {
+        if missing.next_if(|&&gone| gone == index).is_some() {
+            continue;
         }
+        let from = index * PAGE;
+        let Some(kind) = classify(page, &contents[from..from + PAGE], digests.as_deref_mut()) else {
+            continue;
+        };
+        let mask = match kind {
+            RunKind::Raw => Some(BlockMask::ALL),
+            RunKind::Patch(mask) => Some(mask),
+            RunKind::Zero | RunKind::Absent => None,
+        };
+        for (at, len) in mask.into_iter().flat_map(BlockMask::parts) {
+            let part = from + at..from + at + len;
+            if part.start != to {
+                contents.copy_within(part, to);
+            }
+            to += len;
+        }
+        push(&mut runs, PageRange::new(page, 1), kind);
     }
     runs
+}
+
+/// How a page travels; `None` if the destination has it as it is.
+fn classify(page: VirtAddr, contents: &[u8], digests: Option<&mut Digests>) -> Option<RunKind> {
+    if is_zero(contents) {
+        if let Some(digests) = digests {
+            digests.forget(PageRange::new(page, 1));
+        }
+        return Some(RunKind::Zero);
+    }
+    match digests {
+        None => Some(RunKind::Raw),
+        Some(digests) => match digests.update(page, contents)? {
+            BlockMask::ALL => Some(RunKind::Raw),
+            mask => Some(RunKind::Patch(mask)),
+        },
+    }
 }
 
 fn push(runs: &mut Vec<PageRun>, page: PageRange, kind: RunKind) {
@@ -140,19 +171,28 @@ fn is_zero(page: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pclive_wire::VirtAddr;
+    use crate::track::digests::Secret;
+    use pclive_wire::page_frame::BLOCK_LEN;
+
+    fn range(start: u64, pages: u64) -> PageRange {
+        PageRange::new(VirtAddr(start * PAGE_SIZE), pages)
+    }
+
+    /// Pages that are filled with these bytes.
+    fn filled(fills: &[u8]) -> Vec<u8> {
+        fills.iter().flat_map(|&fill| std::iter::repeat_n(fill, PAGE_SIZE as usize)).collect()
+    }
+
+    fn described(runs: &[PageRun]) -> Vec<(PageRange, RunKind)> {
+        runs.iter().map(|run| (run.range, run.kind)).collect()
+    }
 
     #[test]
     fn zero_pages_lose_their_contents_and_missing_ones_are_left_out() {
-        let range = |start: u64, pages| PageRange::new(VirtAddr(start << 12), pages);
-        let mut contents = Vec::new();
-        for fill in [1u8, 0, 2, 9, 0, 3] {
-            contents.extend(std::iter::repeat_n(fill, PAGE_SIZE as usize));
-        }
-        let runs = compact(&[range(10, 4), range(20, 2)], &[3], &mut contents);
-        let found: Vec<_> = runs.iter().map(|run| (run.range, run.kind)).collect();
+        let mut contents = filled(&[1, 0, 2, 9, 0, 3]);
+        let runs = compact(&[range(10, 4), range(20, 2)], &[3], &mut contents, None);
         assert_eq!(
-            found,
+            described(&runs),
             [
                 (range(10, 1), RunKind::Raw),
                 (range(11, 1), RunKind::Zero),
@@ -161,7 +201,29 @@ mod tests {
                 (range(21, 1), RunKind::Raw),
             ]
         );
-        let firsts: Vec<u8> = contents.chunks_exact(PAGE_SIZE as usize).take(3).map(|page| page[0]).collect();
-        assert_eq!(firsts, [1, 2, 3]);
+        assert_eq!(contents[..3 * PAGE_SIZE as usize], filled(&[1, 2, 3]));
+    }
+
+    #[test]
+    fn of_a_page_sent_before_only_changed_blocks_travel() {
+        let mut digests = Digests::new(Secret::random().unwrap());
+        let pages = [range(10, 4)];
+        compact(&pages, &[], &mut filled(&[1, 2, 3, 4]), Some(&mut digests));
+
+        let mut contents = filled(&[1, 2, 3, 0]);
+        contents[BLOCK_LEN] = 8; // page 10, block 1
+        contents[2 * PAGE_SIZE as usize..][..BLOCK_LEN].fill(9); // page 12, block 0
+        let runs = compact(&pages, &[], &mut contents, Some(&mut digests));
+        let patch = |bits| RunKind::Patch(BlockMask::new(bits).unwrap());
+        assert_eq!(
+            described(&runs),
+            [(range(10, 1), patch(2)), (range(12, 1), patch(1)), (range(13, 1), RunKind::Zero)]
+        );
+        assert_eq!(contents[..2], [8, 1]);
+        assert_eq!(contents[BLOCK_LEN..2 * BLOCK_LEN], [9; BLOCK_LEN]);
+
+        // A page that was zero is sent whole.
+        let runs = compact(&pages[..], &[0, 1, 2], &mut filled(&[1, 2, 3, 4]), Some(&mut digests));
+        assert_eq!(described(&runs), [(range(13, 1), RunKind::Raw)]);
     }
 }

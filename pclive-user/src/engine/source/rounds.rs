@@ -6,10 +6,12 @@ use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
 use crate::policy::convergence::{Decision, Limits, decide, predicted_blackout};
+use crate::policy::hot::{self, HotPages};
 use crate::track::attach::Dirty;
+use crate::track::observer;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
 use pclive_wire::manifest::{Manifest, Process};
-use pclive_wire::{PAGE_SIZE, Round};
+use pclive_wire::{NsPid, PAGE_SIZE, PageRange, PageSet, Round};
 use std::time::{Duration, Instant};
 
 /// What a blackout costs beside sending pages, for the prediction: about what `cargo xtask bench` shows.
@@ -31,21 +33,73 @@ impl Migration<'_> {
         while decide(&left, &bandwidth, &limits) == Decision::Round {
             self.cancellation.check()?;
             let report = self.round()?;
-            self.observe()?;
             bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us));
-            let pages = self.container.count_written()?;
-            self.progress.round_over(&report, predicted_blackout(pages, &bandwidth, &limits));
-            left.push(pages);
+            let bytes = self.left_to_send(&report)?;
+            self.progress.round_over(&report, predicted_blackout(bytes, &bandwidth, &limits));
+            left.push(bytes);
         }
         Ok(())
     }
 
-    /// Takes in what the eBPF programs have seen since the last round. What they lost costs nothing but detail: the dirty
-    /// sets come from scans.
-    fn observe(&mut self) -> Result<(), MigrateError> {
+    /// About how many bytes would have to be sent if the container were frozen now: a page costs what one cost in the
+    /// round before.
+    fn left_to_send(&self, before: &RoundReport) -> Result<u64, MigrateError> {
+        let written = self.container.written()?;
+        let left = |(pid, written): (&NsPid, &PageSet)| match self.hot.get(pid) {
+            Some(hot) => hot.held_back().union(written).pages(),
+            None => written.pages(),
+        };
+        let pages: u64 = written.iter().map(left).sum();
+        let pages_before = before.pages + before.patched_pages;
+        Ok(if pages_before == 0 { pages * PAGE_SIZE } else { pages * before.bytes / pages_before })
+    }
+
+    /// One round of pages that were written since the last one, without the hot ones.
+    fn round(&mut self) -> Result<RoundReport, MigrateError> {
+        let start = Instant::now();
+        let begun = observer::now()?;
+        let processes = self.container.begin_round()?;
+        let dirty_pages = processes.iter().map(|(_, written)| written.pages()).sum();
+        self.progress.round(self.round, dirty_pages);
+        let processes = self.hold_back_hot(processes);
+        let pages = self.send_layouts(processes)?;
+        let Self { sender, progress, cancellation, round, sent, .. } = self;
+        let sent = send_round(sender, *round, &pages, sent, |sent| {
+            progress.sent(sent);
+            Ok(cancellation.check()?)
+        })?;
+        self.end_round(sent)?;
+        self.observe(begun, start.elapsed())?;
+        Ok(self.note_round(sent, dirty_pages, start))
+    }
+
+    /// Leaves out the hot pages of a round.
+    fn hold_back_hot(&mut self, processes: Vec<(Process, PageSet)>) -> Vec<(Process, Dirty)> {
+        let mut soon = std::mem::take(&mut self.written_soon);
+        let mut before = std::mem::take(&mut self.hot);
+        let mut split = |(layout, written): (Process, PageSet)| {
+            let pid = layout.pid;
+            let mut hot = before.remove(&pid).unwrap_or_else(|| HotPages::new(self.options.hot_rounds));
+            let written = hot.next_round(written, &soon.remove(&pid).unwrap_or_default());
+            self.hot.insert(pid, hot);
+            (layout, Dirty { written, ..Dirty::default() })
+        };
+        processes.into_iter().map(&mut split).collect()
+    }
+
+    /// Takes in what the eBPF programs have seen in the round that began at `begun` and took `duration`. What they lost
+    /// costs nothing but detail: the dirty sets come from scans.
+    fn observe(&mut self, begun: Duration, duration: Duration) -> Result<(), MigrateError> {
         let Some(observer) = &mut self.observer else { return Ok(()) };
         let drained = observer.drain()?;
         self.heat.absorb(&drained);
+        let soon = begun..begun + hot::soon(duration);
+        for process in self.container.processes() {
+            let writes = drained.writes.iter().filter(|write| write.pid == process.pid);
+            let pages =
+                writes.filter(|write| soon.contains(&write.time)).map(|write| PageRange::new(write.page, 1));
+            self.written_soon.insert(process.ns_pid, pages.collect());
+        }
         self.report.observed.writes += drained.writes.len() as u64;
         self.report.observed.changes += drained.changes.len() as u64;
         self.report.observed.lost += drained.lost.writes + drained.lost.changes;
@@ -53,27 +107,16 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// One round of pages that were written since the last one.
-    fn round(&mut self) -> Result<RoundReport, MigrateError> {
-        let start = Instant::now();
-        let processes = self.container.begin_round()?;
-        let dirty_pages = processes.iter().map(|(_, written)| written.pages()).sum();
-        self.progress.round(self.round, dirty_pages);
-        let processes = processes.into_iter().map(|(layout, written)| {
-            let dirty = Dirty { written, ..Dirty::default() };
-            (layout, dirty)
-        });
-        let pages = self.send_layouts(processes.collect())?;
-        let sent = send_round(&mut self.sender, self.round, &pages, Some(self.cancellation))?;
-        self.end_round(sent)?;
-        Ok(self.note_round(sent, dirty_pages, start))
-    }
-
     /// Adds a round to the report.
     pub(super) fn note_round(&mut self, sent: RoundSummary, dirty_pages: u64, start: Instant) -> RoundReport {
-        let bytes = sent.pages * PAGE_SIZE;
-        let duration_us = start.elapsed().as_micros() as u64;
-        let report = RoundReport { pages: sent.pages, bytes, dirty_pages, duration_us };
+        let before: u64 = self.report.rounds.iter().map(|round| round.bytes).sum();
+        let report = RoundReport {
+            pages: sent.pages,
+            patched_pages: sent.patched_pages,
+            bytes: self.sender.stats().bytes - before,
+            dirty_pages,
+            duration_us: start.elapsed().as_micros() as u64,
+        };
         self.report.zero_pages += sent.zero_pages;
         self.report.rounds.push(report);
         report
@@ -87,6 +130,9 @@ impl Migration<'_> {
         let (layouts, dirty): (Vec<Process>, Vec<Dirty>) = processes.into_iter().unzip();
         let pids = layouts.iter().map(|layout| layout.pid);
         let pages = self.container.pages(pids.zip(dirty));
+        if let Some(sent) = &mut self.sent {
+            sent.reconciled(&layouts);
+        }
         let manifest =
             Manifest { round: self.round, last: false, processes: layouts, descriptions: Vec::new() };
         self.send_manifest(manifest)?;

@@ -1,4 +1,5 @@
 use super::*;
+use pclive_wire::page_frame::RunKind;
 use pclive_wire::{PAGE_SIZE, PageRange, VirtAddr};
 use std::io::Write;
 use std::net::TcpListener;

@@ -1,6 +1,6 @@
 //! Sets of pages as sorted, disjoint ranges.
 
-use pclive_wire::{PageRange, VirtAddr};
+use crate::units::{PageRange, VirtAddr};
 
 /// A set of pages of one address space. Adjacent ranges are always merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
