@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
 
 use super::connection::{Connection, Request, RequestKind};
@@ -29,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const DRAIN_TIMEOUT_US: u64 = 10_000_000;
 /// How long the program sleeps at most before it looks at its commands.
 const COMMAND_LATENCY_MS: u16 = 5;
+/// What the epoll set calls the timer; connections have their numbers.
+const TIMER: u64 = u64::MAX;
 
 /// A line on standard input, and when it came.
 enum Command {
@@ -134,6 +138,7 @@ impl Work for Mix {
                 self.due_us += 1e6 / rate;
                 due_us
             }
+            Pace::Idle => return None,
         };
         let (key, percent) = keys.pick();
         // A key that is being written is read instead: a second write in flight would leave its outcome open.
@@ -158,6 +163,8 @@ struct Client {
     spec: LoadSpec,
     keys: Keyspace,
     epoll: Epoll,
+    /// Goes off when an open loop's next request is due: `epoll_wait` alone counts in milliseconds.
+    timer: TimerFd,
     /// `None` is a connection that broke.
     connections: Vec<Option<Connection>>,
     /// Requests that broken connections took with them.
@@ -171,6 +178,9 @@ struct Client {
 impl Client {
     fn connect(server: SocketAddr, spec: LoadSpec) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create")?;
+        let timer = TimerFd::new(timerfd::ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)
+            .context("timerfd_create")?;
+        epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER)).context("epoll_ctl")?;
         let mut connections = Vec::with_capacity(spec.connections);
         let end = Instant::now() + CONNECT_TIMEOUT;
         while connections.len() < spec.connections {
@@ -186,10 +196,11 @@ impl Client {
         Ok(Self {
             keys: Keyspace::new(spec.data_bytes, spec.hot_bytes, spec.value_bytes.clone()),
             epoll,
+            timer,
             lost: 0,
             recorder: Recorder::new(spec.connections, now_us()),
             measuring: false,
-            events: vec![EpollEvent::empty(); spec.connections],
+            events: vec![EpollEvent::empty(); spec.connections + 1],
             connections,
             spec,
         })
@@ -230,13 +241,23 @@ impl Client {
                     let stopped_us = at_us.max(self.recorder.last_answer_us());
                     self.recorder.stop(stopped_us);
                     self.measuring = false;
+                    self.timer.unset().context("timerfd_settime")?;
                     return Ok(stopped_us);
                 }
                 Ok(Command::Start) | Err(_) => {}
             }
             self.hand_out(&mut work);
-            self.take_answers(if self.spec.pace == Pace::FullLoad { COMMAND_LATENCY_MS } else { 1 })?;
+            if let Pace::PerSecond(_) = work.pace {
+                self.wake_at(work.due_us as u64)?;
+            }
+            self.take_answers()?;
         }
+    }
+
+    /// Ends the next wait at that time at the latest.
+    fn wake_at(&self, due_us: u64) -> Result<()> {
+        let due = Expiration::OneShot(TimeSpec::from_duration(Duration::from_micros(due_us)));
+        self.timer.set(due, TimerSetTimeFlags::TFD_TIMER_ABSTIME).context("timerfd_settime")
     }
 
     /// Waits for the answers that are missing. Returns how many requests will never have one.
@@ -252,7 +273,7 @@ impl Client {
             if pending == 0 || now_us() - last_us > DRAIN_TIMEOUT_US {
                 return Ok(pending as u64);
             }
-            if self.take_answers(COMMAND_LATENCY_MS)? {
+            if self.take_answers()? {
                 last_us = now_us();
             }
             self.hand_out(work);
@@ -268,6 +289,9 @@ impl Client {
             for connection in self.connections.iter_mut().flatten() {
                 let Some(request) = work.next(&mut self.keys, connection.pending(), now_us) else { continue };
                 taken = true;
+                if self.measuring {
+                    self.recorder.sent(request.due_us, now_us);
+                }
                 connection.push(request, |out| match request.kind {
                     RequestKind::Get { .. } => append_get(service, out, request.key),
                     RequestKind::Set { version } => {
@@ -300,13 +324,16 @@ impl Client {
     }
 
     /// Takes the answers that are there, waiting for the first one. Returns whether there were any.
-    fn take_answers(&mut self, timeout_ms: u16) -> Result<bool> {
+    fn take_answers(&mut self) -> Result<bool> {
         let mut events = std::mem::take(&mut self.events);
-        let count = match self.epoll.wait(&mut events, timeout_ms) {
+        let count = match self.epoll.wait(&mut events, COMMAND_LATENCY_MS) {
             Err(nix::errno::Errno::EINTR) => 0,
             count => count.context("epoll_wait")?,
         };
-        for event in &events[..count] {
+        let answers = events[..count].iter().filter(|event| event.data() != TIMER);
+        let mut any = false;
+        for event in answers {
+            any = true;
             let number = event.data() as usize;
             if event.events() != EpollFlags::EPOLLOUT {
                 self.receive(number);
@@ -314,7 +341,7 @@ impl Client {
             self.flush(number);
         }
         self.events = events;
-        Ok(count > 0)
+        Ok(any)
     }
 
     fn receive(&mut self, number: usize) {

@@ -21,5 +21,5 @@ mod spec;
 
 pub use client::serve_commands;
 pub use process::LoadProcess;
-pub use report::{BrokenConnection, Gap, Latency, LoadReport, Mark};
+pub use report::{BrokenConnection, Gap, Latency, LatencyCount, LoadReport, Mark, Stretch};
 pub use spec::{LoadSpec, Pace, Service};

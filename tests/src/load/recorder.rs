@@ -2,10 +2,10 @@
 
 use hdrhistogram::Histogram;
 
-use super::report::{BrokenConnection, Gap, Latency, LoadReport, Mark};
+use super::report::{BrokenConnection, Gap, Latency, LatencyCount, LoadReport, Mark, Stretch};
 
 /// How many of the longest gaps are kept.
-const KEPT_GAPS: usize = 5;
+const KEPT_GAPS: usize = 20;
 /// How many wrong answers are described.
 const DESCRIBED_WRONG_ANSWERS: usize = 20;
 /// The width of a throughput interval.
@@ -22,7 +22,12 @@ pub(super) struct Recorder {
     writes: u64,
     longest_gaps: Vec<Gap>,
     worst_connection_gap: Gap,
+    /// Latencies since the last mark, or the start.
     latency: Histogram<u64>,
+    /// Those from the start or a mark to the next one.
+    earlier: Vec<(String, Histogram<u64>)>,
+    /// How late requests were sent.
+    lateness: Histogram<u64>,
     throughput: Vec<u32>,
     wrong_answers: u64,
     first_wrong_answers: Vec<String>,
@@ -40,7 +45,9 @@ impl Recorder {
             writes: 0,
             longest_gaps: Vec::new(),
             worst_connection_gap: Gap::default(),
-            latency: Histogram::new_with_max(MAX_LATENCY_US, 3).expect("3 digits up to an hour"),
+            latency: histogram(),
+            earlier: Vec::new(),
+            lateness: histogram(),
             throughput: Vec::new(),
             wrong_answers: 0,
             first_wrong_answers: Vec::new(),
@@ -58,6 +65,11 @@ impl Recorder {
 
     pub(super) fn last_answer_us(&self) -> u64 {
         self.last_answer_us
+    }
+
+    /// A request was handed to its connection.
+    pub(super) fn sent(&mut self, due_us: u64, now_us: u64) {
+        self.lateness.saturating_record(now_us.saturating_sub(due_us));
     }
 
     pub(super) fn answered(&mut self, connection: usize, write: bool, due_us: u64, now_us: u64) {
@@ -85,7 +97,14 @@ impl Recorder {
     }
 
     pub(super) fn mark(&mut self, name: String, now_us: u64) {
+        self.end_stretch();
         self.marks.push(Mark { name, at_us: now_us.saturating_sub(self.started_us) });
+    }
+
+    /// Latencies count for what comes after the newest mark from now on.
+    fn end_stretch(&mut self) {
+        let since = self.marks.last().map(|mark| mark.name.clone()).unwrap_or_default();
+        self.earlier.push((since, std::mem::replace(&mut self.latency, histogram())));
     }
 
     /// The load ends: whoever has waited until now has a gap that is at least so long.
@@ -116,13 +135,18 @@ impl Recorder {
 
     /// The report of a load that was stopped at `stopped_us`.
     pub(super) fn report(
-        self,
+        mut self,
         stopped_us: u64,
         fill_us: u64,
         unanswered: u64,
         verified_keys: u64,
     ) -> LoadReport {
-        let at = |quantile| self.latency.value_at_quantile(quantile);
+        self.end_stretch();
+        let mut all = histogram();
+        for (_, stretch) in &self.earlier {
+            all.add(stretch).expect("both have the same range");
+        }
+        let counts = all.iter_recorded();
         LoadReport {
             started_us: self.started_us,
             duration_us: stopped_us - self.started_us,
@@ -130,13 +154,16 @@ impl Recorder {
             reads: self.reads,
             writes: self.writes,
             worst_connection_gap: self.worst_connection_gap,
-            latency: Latency {
-                p50_us: at(0.5),
-                p90_us: at(0.9),
-                p99_us: at(0.99),
-                p999_us: at(0.999),
-                max_us: self.latency.max(),
-            },
+            latency: latency(&all),
+            latency_counts: counts
+                .map(|count| LatencyCount { us: count.value_iterated_to(), answers: count.count_at_value() })
+                .collect(),
+            stretches: self
+                .earlier
+                .into_iter()
+                .map(|(since, stretch)| Stretch { since, answers: stretch.len(), latency: latency(&stretch) })
+                .collect(),
+            lateness: latency(&self.lateness),
             longest_gaps: self.longest_gaps,
             throughput_10ms: self.throughput,
             wrong_answers: self.wrong_answers,
@@ -147,6 +174,15 @@ impl Recorder {
             marks: self.marks,
         }
     }
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_max(MAX_LATENCY_US, 3).expect("3 digits up to an hour")
+}
+
+fn latency(of: &Histogram<u64>) -> Latency {
+    let at = |quantile| of.value_at_quantile(quantile);
+    Latency { p50_us: at(0.5), p90_us: at(0.9), p99_us: at(0.99), p999_us: at(0.999), max_us: of.max() }
 }
 
 #[cfg(test)]
@@ -168,5 +204,25 @@ mod tests {
         assert_eq!(report.throughput_10ms, [2, 0, 1, 1]);
         assert_eq!(report.latency.max_us, 100);
         assert!((report.rate_between(0, 20_000) - 100.0).abs() < f64::EPSILON);
+    }
+
+    #[test]
+    fn latencies_count_from_mark_to_mark_and_in_all() {
+        let mut recorder = Recorder::new(1, 0);
+        recorder.start(0);
+        recorder.answered(0, false, 900, 1_000);
+        recorder.mark("moving".into(), 1_500);
+        recorder.sent(1_500, 1_530);
+        recorder.answered(0, true, 1_500, 2_000);
+        recorder.answered(0, true, 1_900, 2_400);
+        let report = recorder.report(3_000, 0, 0, 0);
+        let stretches: Vec<_> =
+            report.stretches.iter().map(|stretch| (stretch.since.as_str(), stretch.answers)).collect();
+        assert_eq!(stretches, [("", 1), ("moving", 2)]);
+        assert_eq!((report.stretches[0].latency.max_us, report.stretches[1].latency.max_us), (100, 500));
+        assert_eq!(report.latency_since("moving").map(|latency| latency.p50_us), Some(500));
+        let counts: Vec<_> = report.latency_counts.iter().map(|count| (count.us, count.answers)).collect();
+        assert_eq!(counts, [(100, 1), (500, 2)]);
+        assert_eq!(report.lateness.max_us, 30);
     }
 }

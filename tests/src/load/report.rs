@@ -19,8 +19,15 @@ pub struct LoadReport {
     pub longest_gaps: Vec<Gap>,
     /// The longest time that a single connection was without an answer.
     pub worst_connection_gap: Gap,
-    /// From when a request was due to its answer.
+    /// From when a request was due to its answer. In an open loop that does not omit the requests that could not be
+    /// sent while the server was silent ("coordinated omission"); a closed loop sends none then.
     pub latency: Latency,
+    /// All latencies: the steps of an HDR histogram that have answers, with three digits.
+    pub latency_counts: Vec<LatencyCount>,
+    /// The latencies from the start to the first mark, from there to the next, and so on to the end.
+    pub stretches: Vec<Stretch>,
+    /// How much later than due requests were sent, because this client was late. Always 0 in a closed loop.
+    pub lateness: Latency,
     /// Answers in each 10 ms.
     pub throughput_10ms: Vec<u32>,
     /// Answers that were wrong, also while all keys were read back at the end.
@@ -59,6 +66,26 @@ pub struct Latency {
     pub p999_us: u64,
     /// The slowest.
     pub max_us: u64,
+}
+
+/// Answers of about the same latency.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct LatencyCount {
+    /// The latency in microseconds.
+    pub us: u64,
+    /// How many answers had it.
+    pub answers: u64,
+}
+
+/// The latencies between two marks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Stretch {
+    /// The mark that it starts with; empty for the start of the load.
+    pub since: String,
+    /// Answers in it.
+    pub answers: u64,
+    /// Their latencies.
+    pub latency: Latency,
 }
 
 /// A connection that broke.
@@ -101,6 +128,11 @@ impl LoadReport {
     /// When `name` was marked first.
     pub fn mark_us(&self, name: &str) -> Option<u64> {
         self.marks.iter().find(|mark| mark.name == name).map(|mark| mark.at_us)
+    }
+
+    /// The latencies from a mark to the next one.
+    pub fn latency_since(&self, mark: &str) -> Option<Latency> {
+        self.stretches.iter().find(|stretch| stretch.since == mark).map(|stretch| stretch.latency)
     }
 
     /// The longest time without an answer.

@@ -31,6 +31,8 @@ pub enum Pace {
     /// Open loop: that many requests per second in all, at even distances, whether or not earlier ones are answered.
     /// Latency counts from when a request was due.
     PerSecond(f64),
+    /// No requests at all: connections are open, and the data is read back at the end.
+    Idle,
 }
 
 /// What the load program is told before it starts.
