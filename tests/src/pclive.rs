@@ -17,7 +17,7 @@ use crate::lab::{Host, Lab};
 const PORT: u16 = 7011;
 /// How long it may take until it does.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a migration may take, whatever happens to it.
+/// How long a test's migration may take, whatever happens to it.
 const MIGRATE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Exit codes of `pclive migrate`.
@@ -153,8 +153,16 @@ impl Migrate {
     ///
     /// # Errors
     /// When it does not, or its report cannot be understood.
-    pub fn wait(mut self) -> Result<Outcome> {
-        let end = Instant::now() + MIGRATE_TIMEOUT;
+    pub fn wait(self) -> Result<Outcome> {
+        self.wait_for(MIGRATE_TIMEOUT)
+    }
+
+    /// As [`Self::wait`], for that long.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_for(mut self, timeout: Duration) -> Result<Outcome> {
+        let end = Instant::now() + timeout;
         let code = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status.code();
@@ -191,7 +199,7 @@ fn kill(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// What `pclive migrate --json` writes: the part that is promised.
+/// What `pclive migrate --json` writes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MigrationReport {
     /// The mode it ran in.
@@ -224,6 +232,9 @@ pub struct MigrationReport {
     pub destination_peak_rss_bytes: u64,
     /// How it ended.
     pub result: serde_json::Value,
+    /// What else it has that is not promised.
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, serde_json::Value>,
 }
 
 /// One pass over a dirty set.

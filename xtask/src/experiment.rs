@@ -8,10 +8,12 @@ use pclive_tests::Programs;
 use pclive_tests::load::{Gap, LoadReport, LoadSpec};
 use pclive_tests::pclive::{MigrationReport, exit};
 use pclive_tests::scene::{MIGRATE, MIGRATED, Network, Scene};
-use serde::Serialize;
 
 /// How long the load runs before the migration starts and after it has ended.
 const MARGIN: Duration = Duration::from_secs(3);
+
+/// How long a migration may take: gigabytes over a slow link take minutes.
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// What is moved, and how.
 pub struct Experiment {
@@ -24,7 +26,6 @@ pub struct Experiment {
 }
 
 /// What was seen.
-#[derive(Serialize)]
 pub struct Measurement {
     /// By pclive.
     pub migration: MigrationReport,
@@ -40,41 +41,50 @@ impl Experiment {
     pub fn carry_out(&self, programs: &Programs) -> Result<Measurement> {
         let mut scene = Scene::set(programs.clone(), &self.load, self.network)?;
         sleep(MARGIN);
-        let options: Vec<_> = self.options.iter().map(String::as_str).collect();
-        let outcome = scene.migrate(&options)?;
-        let (Some(exit::MOVED), Some(migration)) = (outcome.code, outcome.report) else {
-            let serve = scene.lab().destination().log("serve");
-            bail!("the container did not move: {:?}\n{}\nserve: {serve}", outcome.code, outcome.output);
-        };
+        let migration = migrate(&mut scene, &self.options)?;
         sleep(MARGIN);
         let (load, ..) = scene.stop_load()?;
         Ok(Measurement { migration, load })
     }
 }
 
-impl Measurement {
-    /// The longest time without an answer from the start of the migration on.
-    pub fn gap(&self) -> Gap {
-        let start_us = self.load.mark_us(MIGRATE).unwrap_or_default();
-        let since = self.load.longest_gaps.iter().find(|gap| gap.start_us + gap.duration_us >= start_us);
-        since.copied().unwrap_or_default()
-    }
+/// Moves the container by pclive.
+///
+/// # Errors
+/// When it did not move; the message has what pclive printed.
+pub fn migrate(scene: &mut Scene, options: &[String]) -> Result<MigrationReport> {
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    scene.load().mark(MIGRATE)?;
+    let outcome = scene.start_migration(&options)?.wait_for(PATIENCE)?;
+    scene.load().mark(MIGRATED)?;
+    let (Some(exit::MOVED), Some(migration)) = (outcome.code, outcome.report) else {
+        let serve = scene.lab().destination().log("serve");
+        bail!("the container did not move: {:?}\n{}\nserve: {serve}", outcome.code, outcome.output);
+    };
+    Ok(migration)
+}
 
-    /// Requests per second before the migration.
-    pub fn rate_before(&self) -> f64 {
-        self.load.rate_between(0, self.load.mark_us(MIGRATE).unwrap_or_default())
-    }
+/// The longest time without an answer from the start of the migration on.
+pub fn gap(load: &LoadReport) -> Gap {
+    let start_us = migration_span_us(load).0;
+    let since = load.longest_gaps.iter().find(|gap| gap.start_us + gap.duration_us >= start_us);
+    since.copied().unwrap_or_default()
+}
 
-    /// Requests per second from the start of the migration to the blackout.
-    pub fn rate_during(&self) -> f64 {
-        self.load.rate_between(self.load.mark_us(MIGRATE).unwrap_or_default(), self.gap().start_us)
-    }
+/// Requests per second before the migration.
+pub fn rate_before(load: &LoadReport) -> f64 {
+    load.rate_between(0, migration_span_us(load).0)
+}
 
-    /// When the migration started and ended, as the load's report counts time.
-    pub fn migration_span_us(&self) -> (u64, u64) {
-        let mark = |name| self.load.mark_us(name).unwrap_or_default();
-        (mark(MIGRATE), mark(MIGRATED))
-    }
+/// Requests per second from the start of the migration to the blackout.
+pub fn rate_during(load: &LoadReport) -> f64 {
+    load.rate_between(migration_span_us(load).0, gap(load).start_us)
+}
+
+/// When the migration started and ended, as the load's report counts time.
+pub fn migration_span_us(load: &LoadReport) -> (u64, u64) {
+    let mark = |name| load.mark_us(name).unwrap_or_default();
+    (mark(MIGRATE), mark(MIGRATED))
 }
 
 /// Touches `bytes` of the machine's memory, so that a virtual machine's host has backed it before anything is

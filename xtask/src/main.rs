@@ -27,7 +27,6 @@ enum Task {
     Run(run::Options),
     /// Run all tests
     Test(test::Options),
-    /// Measure what the README promises, several times, as a table and as JSON
     Bench(bench::Options),
 }
 

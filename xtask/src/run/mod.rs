@@ -12,7 +12,9 @@ use pclive_tests::load::{Gap, LoadSpec, Service};
 use pclive_tests::scene::Network;
 
 use crate::build::{need_root, release_programs};
-use crate::experiment::{Experiment, Measurement, warm_up_memory};
+use crate::experiment::{
+    Experiment, Measurement, gap, migration_span_us, rate_before, rate_during, warm_up_memory,
+};
 use crate::interrupt::remove_labs_on_interrupt;
 
 #[derive(Args)]
@@ -106,16 +108,16 @@ fn print_report(measurement: &Measurement) {
     println!("\nblackout {:.1} ms", migration.blackout_us as f64 / 1e3);
     print!("{}", timeline::draw(&migration.blackout_phases()));
     println!("\nanswers per second, each column 0.1 s (^ from start to end of the migration)");
-    print!("{}", plot::draw(&load.throughput_10ms, measurement.migration_span_us()));
-    let (before, during) = (measurement.rate_before(), measurement.rate_during());
-    let migrate_us = measurement.migration_span_us().0;
+    print!("{}", plot::draw(&load.throughput_10ms, migration_span_us(load)));
+    let (before, during) = (rate_before(load), rate_during(load));
+    let migrate_us = migration_span_us(load).0;
     let at = |gap: Gap| {
         let since = (gap.start_us as f64 - migrate_us as f64) / 1e6;
         format!("{:.1} ms, {since:.2} s after the start of the migration", gap.duration_us as f64 / 1e3)
     };
     println!();
     for (name, value) in [
-        ("longest gap without an answer", at(measurement.gap())),
+        ("longest gap without an answer", at(gap(load))),
         ("longest gap of one connection", at(load.worst_connection_gap)),
         ("restore", format!("{:.1} ms", migration.restore_us as f64 / 1e3)),
         ("whole migration", format!("{:.2} s", migration.total_us as f64 / 1e6)),

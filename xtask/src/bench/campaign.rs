@@ -1,0 +1,155 @@
+//! Measuring: the movers of a setting take turns, so that whatever the machine does meanwhile happens to all of them.
+//!
+//! The last of each turn is the control: the same load for as long as the migrations take, without one. What its
+//! throughput and its longest gap do is the noise that every other number has to be read against.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use pclive_tests::Programs;
+use pclive_tests::scene::{MIGRATE, MIGRATED, Scene};
+
+use super::matrix::{Mover, Setting};
+use super::movement::Movement;
+use super::results::{Cell, Measured, Results, Run};
+use super::statistics::Summary;
+use super::usage::Sampler;
+use crate::experiment::migrate;
+use crate::interrupt;
+
+/// A mover that fails so often without having succeeded is given up.
+const PATIENCE: usize = 2;
+/// How long the control lasts if nothing was moved in its setting.
+const CONTROL: Duration = Duration::from_secs(5);
+/// How often a wait looks for an interrupt.
+const GLANCE: Duration = Duration::from_millis(200);
+
+/// How a campaign is carried out.
+pub struct Campaign<'a> {
+    /// The programs that are measured.
+    pub programs: &'a Programs,
+    /// Turns.
+    pub repeat: usize,
+    /// How long the load runs before and after each migration.
+    pub margin: Duration,
+}
+
+impl Campaign<'_> {
+    /// Measures everything that is feasible and hands the results to `keep` after each measurement.
+    ///
+    /// # Errors
+    /// Those of `keep`. A migration that fails is part of the results; an interrupt just ends it early.
+    pub fn carry_out(&self, results: &mut Results, keep: impl Fn(&Results) -> Result<()>) -> Result<()> {
+        let cells = |group: &Measured| group.cells.iter().filter(|cell| cell.obstacle.is_none()).count();
+        let feasible = results.groups.iter().filter(|group| group.is_feasible());
+        let mut progress = Progress::new(feasible.map(cells).sum::<usize>() * self.repeat);
+        for number in 0..results.groups.len() {
+            if !results.groups[number].is_feasible() {
+                continue;
+            }
+            for turn in 1..=self.repeat {
+                for cell in 0..results.groups[number].cells.len() {
+                    if interrupt::requested() {
+                        return Ok(());
+                    }
+                    let group = &mut results.groups[number];
+                    if group.cells[cell].obstacle.is_none() {
+                        progress.next(&group.name, &group.cells[cell].name, turn);
+                        self.measure_cell(group, cell, turn);
+                        keep(results)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn measure_cell(&self, group: &mut Measured, number: usize, turn: usize) {
+        let usual = usual_duration(group);
+        let cell = &mut group.cells[number];
+        if cell.is_given_up() {
+            return;
+        }
+        match self.measure(&group.setting, cell.mover, turn, usual) {
+            Ok(run) => cell.runs.push(run),
+            // What an interrupt tears down is no failure of the mover.
+            Err(_) if interrupt::requested() => {}
+            Err(error) => {
+                eprintln!("  failed: {error:#}");
+                cell.failures.push(format!("{error:#}"));
+            }
+        }
+    }
+
+    fn measure(&self, setting: &Setting, mover: Mover, turn: usize, usual: Duration) -> Result<Run> {
+        let mut scene = Scene::set(self.programs.clone(), &setting.load(), setting.network())?;
+        let sampler = Sampler::start(scene.lab(), scene.container())?;
+        pause(self.margin)?;
+        let movement = match mover {
+            Mover::Pclive { .. } => Some(Movement::of(&migrate(&mut scene, &mover.options())?)),
+            Mover::Control => {
+                scene.load().mark(MIGRATE)?;
+                pause(usual)?;
+                scene.load().mark(MIGRATED)?;
+                None
+            }
+        };
+        pause(self.margin)?;
+        let usage = sampler.stop();
+        let (load, ..) = scene.stop_load()?;
+        Ok(Run { turn, movement, load, usage })
+    }
+}
+
+impl Cell {
+    fn is_given_up(&self) -> bool {
+        self.runs.is_empty() && self.failures.len() >= PATIENCE
+    }
+}
+
+/// How long a migration in this setting takes.
+fn usual_duration(group: &Measured) -> Duration {
+    let movements = group.cells.iter().flat_map(|cell| &cell.runs).filter_map(|run| run.movement.as_ref());
+    let seconds = Summary::of(movements.map(|movement| movement.total_us as f64 / 1e6));
+    seconds.map_or(CONTROL, |seconds| Duration::from_secs_f64(seconds.median))
+}
+
+/// Waits, unless there is an interrupt.
+fn pause(duration: Duration) -> Result<()> {
+    let end = Instant::now() + duration;
+    loop {
+        if interrupt::requested() {
+            bail!("interrupted");
+        }
+        match end.checked_duration_since(Instant::now()) {
+            Some(rest) if !rest.is_zero() => sleep(rest.min(GLANCE)),
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// Tells on the standard error how far it is.
+struct Progress {
+    begin: Instant,
+    done: usize,
+    all: usize,
+}
+
+impl Progress {
+    fn new(all: usize) -> Self {
+        Self { begin: Instant::now(), done: 0, all }
+    }
+
+    fn next(&mut self, setting: &str, mover: &str, turn: usize) {
+        let left = match self.done {
+            0 => String::new(),
+            done => {
+                let seconds = self.begin.elapsed().as_secs_f64() / done as f64 * (self.all - done) as f64;
+                format!(", about {:.0} min left", (seconds / 60.0).ceil())
+            }
+        };
+        self.done += 1;
+        eprintln!("[{}/{}{left}] {setting}: {mover}, turn {turn}", self.done, self.all);
+    }
+}

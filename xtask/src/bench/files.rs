@@ -1,0 +1,135 @@
+//! The directory that results go to: raw JSON, and CSV for whoever draws pictures of their own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::metrics;
+use super::results::{Cell, Measured, Results, Run};
+
+/// Everything that was measured.
+const RESULTS: &str = "results.json";
+/// How wide an interval of the throughput is.
+const INTERVAL_MS: usize = 10;
+
+/// Where results go.
+pub struct Directory(PathBuf);
+
+impl Directory {
+    /// The directory, which is made if need be.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(path: &Path) -> Result<Self> {
+        fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
+        Ok(Self(path.to_owned()))
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Results that were kept in it.
+    ///
+    /// # Errors
+    /// When there are none, or of another version.
+    pub fn load(&self) -> Result<Results> {
+        let file = self.0.join(RESULTS);
+        let json = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+        serde_json::from_slice(&json).with_context(|| format!("understand {}", file.display()))
+    }
+
+    /// Keeps all of `results` as JSON, in one piece even if this process is killed meanwhile.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn keep(&self, results: &Results) -> Result<()> {
+        let new = self.0.join(".results.json");
+        fs::write(&new, serde_json::to_vec(results)?).with_context(|| format!("write {}", new.display()))?;
+        fs::rename(&new, self.0.join(RESULTS)).context("put the new results in place of the old ones")
+    }
+
+    /// Writes the tables `runs.csv` (a run each, with its metrics), `throughput.csv` (answers over time) and `usage.csv`
+    /// (CPU time and memory over time).
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write_tables(&self, results: &Results) -> Result<()> {
+        let tables = [
+            ("runs.csv", runs(results)),
+            ("throughput.csv", throughput(results)),
+            ("usage.csv", usage(results)),
+        ];
+        for (name, table) in tables {
+            self.write(name, table.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
+        let file = self.0.join(name);
+        fs::write(&file, contents).with_context(|| format!("write {}", file.display()))
+    }
+}
+
+/// What is in front of each line: which run it is of.
+const KEY: &str = "setting,mover,turn";
+
+fn key(group: &Measured, cell: &Cell, run: &Run) -> String {
+    format!("\"{}\",\"{}\",{}", group.name, cell.name, run.turn)
+}
+
+fn each(results: &Results) -> impl Iterator<Item = (&Measured, &Cell, &Run)> {
+    let cells = results.groups.iter().flat_map(|group| group.cells.iter().map(move |cell| (group, cell)));
+    cells.flat_map(|(group, cell)| cell.runs.iter().map(move |run| (group, cell, run)))
+}
+
+fn runs(results: &Results) -> String {
+    let keys = metrics::ALL.map(|metric| metric.key).join(",");
+    let mut table = format!("{KEY},{keys}\n");
+    for (group, cell, run) in each(results) {
+        let values =
+            metrics::ALL.map(|metric| (metric.of)(run).map_or_else(String::new, |value| value.to_string()));
+        table += &format!("{},{}\n", key(group, cell, run), values.join(","));
+    }
+    table
+}
+
+fn throughput(results: &Results) -> String {
+    let mut table = format!("{KEY},load_ms,answers\n");
+    for (group, cell, run) in each(results) {
+        let key = key(group, cell, run);
+        for (number, answers) in run.load.throughput_10ms.iter().enumerate() {
+            table += &format!("{key},{},{answers}\n", number * INTERVAL_MS);
+        }
+    }
+    table
+}
+
+fn usage(results: &Results) -> String {
+    let ends = ["source_mover", "source_container", "destination_mover", "destination_container"];
+    let columns = ends.map(|end| format!("{end}_cpu_us,{end}_rss_bytes")).join(",");
+    let mut table = format!("{KEY},load_ms,{columns}\n");
+    for (group, cell, run) in each(results) {
+        let key = key(group, cell, run);
+        for sample in &run.usage {
+            let uses = [
+                sample.source.mover,
+                sample.source.container,
+                sample.destination.mover,
+                sample.destination.container,
+            ];
+            let uses = uses.map(|of| format!("{},{}", of.cpu_us, of.rss_bytes)).join(",");
+            // Sampling starts a moment after the load.
+            let at_ms = sample.at_us.saturating_sub(run.load.started_us) / 1000;
+            table += &format!("{key},{at_ms},{uses}\n");
+        }
+    }
+    table
+}

@@ -1,0 +1,149 @@
+//! The numbers that are taken from a run.
+
+use super::results::{Cell, Run};
+use super::statistics::Summary;
+use crate::experiment::{gap, migration_span_us, rate_before, rate_during};
+use pclive_tests::scene::MIGRATE;
+
+/// A number of a run.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// What it is called in files.
+    pub key: &'static str,
+    /// What it is called for readers, with its unit.
+    pub title: &'static str,
+    /// How it is had; `None` if such a run has none.
+    pub of: fn(&Run) -> Option<f64>,
+}
+
+const MIB: f64 = (1 << 20) as f64;
+
+/// The longest time in which clients got no answer.
+pub const GAP: Metric = Metric {
+    key: "longest_gap_ms",
+    title: "longest gap, ms",
+    of: |run| asked(run).then(|| gap(&run.load).duration_us as f64 / 1e3),
+};
+/// The blackout as the mover reports it.
+pub const BLACKOUT: Metric = Metric {
+    key: "blackout_ms",
+    title: "blackout, ms",
+    of: |run| run.movement.as_ref().map(|movement| movement.blackout_us as f64 / 1e3),
+};
+/// The part of it after the last byte.
+pub const RESTORE: Metric = Metric {
+    key: "restore_ms",
+    title: "restore, ms",
+    of: |run| run.movement.as_ref().map(|movement| movement.restore_us as f64 / 1e3),
+};
+/// What clients still get during the rounds.
+pub const THROUGHPUT: Metric = Metric {
+    key: "throughput_percent",
+    title: "throughput in rounds, %",
+    of: |run| {
+        let during = match &run.movement {
+            // A single round is the blackout itself.
+            Some(movement) if movement.rounds < 2 => return None,
+            Some(_) => rate_during(&run.load),
+            None => {
+                let (start_us, end_us) = migration_span_us(&run.load);
+                run.load.rate_between(start_us, end_us)
+            }
+        };
+        asked(run).then(|| 100.0 * during / rate_before(&run.load))
+    },
+};
+/// CPU time of the mover at the source.
+pub const SOURCE_CPU: Metric = Metric {
+    key: "source_cpu_s",
+    title: "CPU at source, s",
+    of: |run| moved(run)?.usage.last().map(|sample| sample.source.mover.cpu_us as f64 / 1e6),
+};
+/// CPU time of the mover at the destination.
+pub const DESTINATION_CPU: Metric = Metric {
+    key: "destination_cpu_s",
+    title: "CPU at destination, s",
+    of: |run| moved(run)?.usage.last().map(|sample| sample.destination.mover.cpu_us as f64 / 1e6),
+};
+/// The mover's peak memory at the destination.
+pub const DESTINATION_MEMORY: Metric = Metric {
+    key: "destination_mib",
+    title: "memory at destination, MiB",
+    of: |run| {
+        let reported = moved(run)?.movement.as_ref()?.report.get("destination_peak_rss_bytes")?.as_f64();
+        let sampled = run.usage.iter().map(|sample| sample.destination.mover.rss_bytes as f64);
+        Some(reported.unwrap_or_else(|| sampled.fold(0.0, f64::max)) / MIB)
+    },
+};
+/// Wrong and missing answers and broken connections.
+pub const HARMED: Metric = Metric {
+    key: "harmed",
+    title: "clients harmed",
+    of: |run| {
+        let load = &run.load;
+        Some((load.wrong_answers + load.unanswered) as f64 + load.broken_connections.len() as f64)
+    },
+};
+
+/// Every metric, in the order of tables.
+pub const ALL: [Metric; 17] = [
+    GAP,
+    BLACKOUT,
+    Metric { key: "dump_ms", title: "  of it dump, ms", of: |run| part(run, "dump") },
+    Metric { key: "transfer_ms", title: "  of it transfer, ms", of: |run| part(run, "transfer") },
+    RESTORE,
+    Metric {
+        key: "total_s",
+        title: "migration, s",
+        of: |run| run.movement.as_ref().map(|movement| movement.total_us as f64 / 1e6),
+    },
+    Metric {
+        key: "rounds",
+        title: "rounds",
+        of: |run| run.movement.as_ref().map(|movement| movement.rounds as f64),
+    },
+    Metric {
+        key: "sent_mib",
+        title: "sent, MiB",
+        of: |run| run.movement.as_ref().map(|movement| movement.bytes_sent as f64 / MIB),
+    },
+    Metric {
+        key: "answers_per_s",
+        title: "answers/s before",
+        of: |run| asked(run).then(|| rate_before(&run.load)),
+    },
+    THROUGHPUT,
+    Metric { key: "p50_ms", title: "latency 50 %, ms", of: |run| latency(run, |of| of.p50_us) },
+    Metric { key: "p99_ms", title: "latency 99 %, ms", of: |run| latency(run, |of| of.p99_us) },
+    Metric { key: "p999_ms", title: "latency 99.9 %, ms", of: |run| latency(run, |of| of.p999_us) },
+    SOURCE_CPU,
+    DESTINATION_CPU,
+    DESTINATION_MEMORY,
+    HARMED,
+];
+
+impl Metric {
+    /// Over all runs of a cell; `None` if none has it.
+    pub fn summary(&self, cell: &Cell) -> Option<Summary> {
+        Summary::of(cell.runs.iter().filter_map(self.of))
+    }
+}
+
+/// Whether clients asked anything.
+fn asked(run: &Run) -> bool {
+    run.load.reads + run.load.writes > 0
+}
+
+fn moved(run: &Run) -> Option<&Run> {
+    run.movement.is_some().then_some(run)
+}
+
+fn part(run: &Run, name: &str) -> Option<f64> {
+    let parts = &run.movement.as_ref()?.blackout;
+    parts.iter().find(|part| part.name == name).map(|part| part.us as f64 / 1e3)
+}
+
+/// A percentile from the start of the migration to its end.
+fn latency(run: &Run, of: fn(&pclive_tests::load::Latency) -> u64) -> Option<f64> {
+    asked(run).then(|| run.load.latency_since(MIGRATE).map(|latency| of(&latency) as f64 / 1e3)).flatten()
+}

@@ -1,0 +1,235 @@
+//! The command line, and the selection of the matrix that it makes.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::matrix::{Axes, Group, Mode, Tracker, Workload};
+use super::presets;
+
+/// What one measurement takes besides filling, reading back, moving and the margins.
+const OVERHEAD_S: f64 = 3.0;
+/// MiB that are written to or read from the server in a second.
+const FILL_MIB_PER_S: f64 = 250.0;
+/// MiB in a second on a link that is not shaped.
+const UNSHAPED_MIB_PER_S: f64 = 800.0;
+/// How often memory is sent in all, about.
+const SENT_TIMES: f64 = 1.5;
+
+/// Measure migrations: modes, trackers and loads beside each other, as tables, CSV, JSON and pictures
+///
+/// Without a selection it measures the figures of the README, with their goals. A setting's movers take turns, and in
+/// each turn a control without migration tells how noisy the machine is. What cannot be measured here is listed with the
+/// reason.
+#[derive(Args, Default)]
+pub struct Options {
+    /// A look at everything in less than five minutes
+    #[arg(long, conflicts_with_all = ["full", "axes"])]
+    quick: bool,
+    /// Every mode, tracker, workload, size and link rate, each against the others at 1 GiB and 1 Gbit/s; takes hours
+    #[arg(long, conflicts_with = "axes")]
+    full: bool,
+    #[command(flatten)]
+    axes: Selection,
+    #[command(flatten)]
+    changes: Changes,
+    /// How often each cell is measured [default: 5, with --quick 2]
+    #[arg(long)]
+    repeat: Option<usize>,
+    /// Only cells whose name contains this (--list shows the names)
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// List what would be measured and how long it takes, and measure nothing
+    #[arg(long)]
+    pub list: bool,
+    /// Draw the tables and pictures of the results in --out again, and measure nothing
+    #[arg(long)]
+    pub redraw: bool,
+    /// A directory with the programs `pclive` and `load`, instead of building them
+    #[arg(long, value_name = "DIR")]
+    pub programs: Option<PathBuf>,
+    /// Where results go
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    pub out: PathBuf,
+}
+
+/// Cells chosen by hand: each of the values of each option with each of the others. Several values are separated by
+/// commas; what is not given has its default.
+#[derive(Args, Default)]
+#[group(id = "axes", multiple = true)]
+struct Selection {
+    /// How to migrate [default: pclive-g]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    mode: Vec<Mode>,
+    /// How writes are tracked [default: auto]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    tracker: Vec<Tracker>,
+    /// Keep rounds before this one in memory and apply them from then on; 0 is every round at once [default: 0]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    restore_from: Vec<u32>,
+    /// What runs in the container and what its clients do [default: redis-90]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    workload: Vec<Workload>,
+    /// Data set in MiB [default: 1024]
+    #[arg(long, value_name = "MIB", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    size: Vec<u64>,
+    /// Rate of the link that pages take in Mbit/s, 0 for as fast as the machine can [default: 1000]
+    #[arg(long, value_name = "MBIT", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(0..=1_000_000))]
+    rate: Vec<u64>,
+}
+
+/// What differs in every cell from what is usual.
+#[derive(Args, Default)]
+struct Changes {
+    /// The part of the data set in MiB that clients read and write
+    #[arg(long, value_name = "MIB")]
+    hot: Option<u64>,
+    /// Let clients and migration share the hosts' links, instead of giving the migration one of its own
+    #[arg(long)]
+    shared: bool,
+    /// Client connections [default: 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    connections: Option<u16>,
+    /// Send that many requests per second whether or not earlier ones are answered, and count latency from when each
+    /// was due; without it each connection sends its next request when the last one is answered
+    #[arg(long, value_name = "PER_SECOND", value_parser = positive)]
+    open_loop: Option<f64>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if rate.is_finite() && rate > 0.0 { Ok(rate) } else { Err("not a positive number".into()) }
+}
+
+impl Options {
+    /// What to measure.
+    pub fn groups(&self) -> Vec<Group> {
+        let mut groups = if self.quick {
+            presets::quick()
+        } else if self.full {
+            presets::full()
+        } else if self.axes.is_empty() {
+            presets::goals()
+        } else {
+            self.axes.axes().product()
+        };
+        for group in &mut groups {
+            self.changes.apply(group);
+        }
+        if let Some(part) = &self.only {
+            for group in &mut groups {
+                let names: Vec<_> = group.movers.iter().map(|mover| group.cell_name(*mover)).collect();
+                let mut names = names.iter();
+                group.movers.retain(|_| names.next().is_some_and(|name| name.contains(part.as_str())));
+            }
+        }
+        groups.retain(|group| !group.movers.is_empty());
+        groups
+    }
+
+    /// Turns of each cell.
+    pub fn repeat(&self) -> usize {
+        self.repeat.unwrap_or(if self.quick { 2 } else { 5 })
+    }
+
+    /// How long the load runs before and after each migration.
+    pub fn margin(&self) -> Duration {
+        Duration::from_secs(if self.quick { 2 } else { 3 })
+    }
+
+    /// How long measuring `groups` takes, roughly. The control of each group is counted.
+    pub fn estimate(&self, groups: &[Group]) -> Duration {
+        let seconds = groups.iter().map(|group| {
+            let mib = group.setting.data_mib as f64;
+            let link = group.setting.rate_mbit as f64 / 8.0 * 1e6 / f64::from(1 << 20);
+            let speed = if link > 0.0 { link.min(UNSHAPED_MIB_PER_S) } else { UNSHAPED_MIB_PER_S };
+            let run = OVERHEAD_S
+                + 2.0 * self.margin().as_secs_f64()
+                + 2.0 * mib / FILL_MIB_PER_S
+                + SENT_TIMES * mib / speed;
+            run * (group.movers.len() + 1) as f64 * self.repeat() as f64
+        });
+        Duration::from_secs_f64(seconds.sum())
+    }
+}
+
+impl Selection {
+    fn is_empty(&self) -> bool {
+        self.mode.is_empty()
+            && self.tracker.is_empty()
+            && self.restore_from.is_empty()
+            && self.workload.is_empty()
+            && self.size.is_empty()
+            && self.rate.is_empty()
+    }
+
+    fn axes(&self) -> Axes {
+        fn or<T: Clone>(given: &[T], default: T) -> Vec<T> {
+            if given.is_empty() { vec![default] } else { given.to_vec() }
+        }
+        Axes {
+            workloads: or(&self.workload, Workload::Redis90),
+            sizes_mib: or(&self.size, 1024),
+            rates_mbit: or(&self.rate, 1000),
+            modes: or(&self.mode, Mode::PcliveG),
+            trackers: or(&self.tracker, Tracker::Auto),
+            restore_from: or(&self.restore_from, 0),
+        }
+    }
+}
+
+impl Changes {
+    fn apply(&self, group: &mut Group) {
+        let setting = &mut group.setting;
+        setting.hot_mib = self.hot.or(setting.hot_mib);
+        setting.shared = self.shared;
+        setting.connections = self.connections.map_or(setting.connections, usize::from);
+        setting.open_loop = self.open_loop;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn groups(arguments: &[&str]) -> Vec<Group> {
+        let arguments = std::iter::once(&"bench").chain(arguments);
+        Command::try_parse_from(arguments).map(|command| command.options.groups()).unwrap_or_default()
+    }
+
+    #[test]
+    fn any_cell_can_be_had_alone() {
+        let cell = groups(&["--workload", "memcached", "--size", "256", "--rate", "0", "--mode", "pclive"]);
+        let names: Vec<_> =
+            cell.iter().flat_map(|group| group.movers.iter().map(|mover| group.cell_name(*mover))).collect();
+        assert_eq!(names, ["memcached, 256 MiB, unshaped: pclive"]);
+    }
+
+    #[test]
+    fn a_selection_is_a_product_and_a_preset_can_be_cut() {
+        let product =
+            groups(&["--mode", "one-shot,pclive-g", "--size", "128,256", "--shared", "--hot", "10"]);
+        assert_eq!(product.len(), 2);
+        assert!(product.iter().all(|group| group.movers.len() == 2 && group.setting.shared));
+        let one_shot = groups(&["--only", "one-shot"]);
+        assert_eq!(one_shot.len(), 1);
+        assert_eq!(one_shot[0].movers, [super::super::matrix::Mover::mode(Mode::OneShot)]);
+        assert!(groups(&["--quick", "--mode", "pclive"]).is_empty(), "a preset is no axis");
+        assert!(groups(&["--open-loop", "-3"]).is_empty());
+    }
+
+    #[test]
+    fn the_quick_preset_is_quick() {
+        let options = Options { quick: true, ..Options::default() };
+        assert!(options.estimate(&options.groups()) < Duration::from_secs(300));
+    }
+}

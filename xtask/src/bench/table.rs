@@ -1,0 +1,82 @@
+//! Results as text: a table for each setting, its movers beside each other.
+
+use super::goals::verdicts;
+use super::metrics;
+use super::results::{Cell, Measured};
+use super::statistics::Summary;
+
+/// The widest name of a metric.
+const NAME: usize = 27;
+/// A column.
+const COLUMN: usize = 24;
+/// Columns beside each other.
+const COLUMNS: usize = 4;
+
+/// What was measured in a setting.
+pub fn draw(group: &Measured) -> String {
+    let mut text = format!("\n{}: median (lowest to highest)\n", group.name);
+    let measured: Vec<_> = group.cells.iter().filter(|cell| !cell.runs.is_empty()).collect();
+    for cells in measured.chunks(COLUMNS) {
+        text += &table(cells);
+    }
+    for cell in &group.cells {
+        for verdict in verdicts(&group.setting, cell) {
+            text += &format!("  goal: {verdict}\n");
+        }
+    }
+    for cell in &group.cells {
+        if let Some(obstacle) = &cell.obstacle {
+            text += &format!("  not measured: {}: {obstacle}\n", cell.name);
+        }
+        for failure in &cell.failures {
+            text += &format!("  FAILED: {}: {failure}\n", cell.name);
+        }
+    }
+    text
+}
+
+fn table(cells: &[&Cell]) -> String {
+    let mut text = format!("  {:NAME$}", "");
+    for cell in cells {
+        text += &format!("{:>COLUMN$}", cell.name);
+    }
+    text.push('\n');
+    for metric in metrics::ALL {
+        let summaries: Vec<_> = cells.iter().map(|cell| metric.summary(cell)).collect();
+        if summaries.iter().all(Option::is_none) {
+            continue;
+        }
+        text += &format!("  {:NAME$}", metric.title);
+        for summary in summaries {
+            text += &format!("{:>COLUMN$}", summary.map_or_else(|| "–".into(), in_short));
+        }
+        text.push('\n');
+    }
+    let runs = cells.iter().map(|cell| format!("{:>COLUMN$}", cell.runs.len())).collect::<String>();
+    text + &format!("  {:NAME$}{runs}\n", "runs")
+}
+
+/// Median and range with about three digits.
+fn in_short(Summary { median, lowest, highest, .. }: Summary) -> String {
+    let decimals = if highest >= 1000.0 {
+        0
+    } else if highest >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{median:.decimals$} ({lowest:.decimals$}–{highest:.decimals$})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_as_many_digits_as_mean_something() {
+        let summary = |median, lowest, highest| Summary { median, lowest, highest, count: 3 };
+        assert_eq!(in_short(summary(81.26, 70.0, 196.3)), "81.3 (70.0–196.3)");
+        assert_eq!(in_short(summary(31_234.4, 999.0, 40_000.0)), "31234 (999–40000)");
+        assert_eq!(in_short(summary(1.5, 1.25, 2.0)), "1.50 (1.25–2.00)");
+    }
+}

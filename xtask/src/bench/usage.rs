@@ -1,0 +1,212 @@
+//! CPU time and memory at both ends, sampled while a migration runs.
+//!
+//! Processes are told apart by their network namespace: whoever is in a host's own works for the migration (pclive, its
+//! helpers, the runtime), whoever is in the container's namespace on that host is the container, also while it is only
+//! being made. So the same rule serves every mover, and nothing has to be told to the processes that are watched.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::time::{ClockId, clock_gettime};
+use pclive_tests::lab::{Container, Lab};
+use procfs::process::{Process, Stat};
+use serde::{Deserialize, Serialize};
+
+/// How far samples are apart. One takes less than a millisecond.
+const INTERVAL: Duration = Duration::from_millis(50);
+/// A process that is not of the lab by then is not looked at again: it may change its namespace right after its start
+/// only.
+const SETTLED: Duration = Duration::from_secs(1);
+
+/// What was used at a moment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sample {
+    /// When, on the machine's monotonic clock.
+    pub at_us: u64,
+    /// At the source.
+    pub source: End,
+    /// At the destination.
+    pub destination: End,
+}
+
+/// One host's part.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct End {
+    /// By those who move the container.
+    pub mover: Use,
+    /// By the container.
+    pub container: Use,
+}
+
+/// What some processes have used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Use {
+    /// CPU time since the first sample, of processes that have ended too.
+    pub cpu_us: u64,
+    /// Resident memory now.
+    pub rss_bytes: u64,
+}
+
+/// Takes samples until it is stopped.
+pub struct Sampler {
+    stop: Sender<()>,
+    thread: JoinHandle<Vec<Sample>>,
+}
+
+impl Sampler {
+    /// Starts to watch both hosts of a lab and the container on them.
+    ///
+    /// # Errors
+    /// When a namespace of the lab is gone.
+    pub fn start(lab: &Lab, container: &Container) -> Result<Self> {
+        let mut namespaces = Vec::new();
+        for host in [lab.source(), lab.destination()] {
+            for netns in [host.netns(), &host.container_netns(&container.name)] {
+                let path = netns.path();
+                let metadata = fs::metadata(&path).with_context(|| format!("stat {}", path.display()))?;
+                namespaces.push(metadata.ino());
+            }
+        }
+        let mut watch = Watch::new(namespaces);
+        let (stop, stopped) = channel();
+        let thread = std::thread::spawn(move || {
+            let mut samples = vec![watch.sample()];
+            let mut next = Instant::now() + INTERVAL;
+            while stopped.recv_timeout(next.saturating_duration_since(Instant::now()))
+                == Err(RecvTimeoutError::Timeout)
+            {
+                samples.push(watch.sample());
+                next = (next + INTERVAL).max(Instant::now());
+            }
+            samples
+        });
+        Ok(Self { stop, thread })
+    }
+
+    /// Everything sampled until now.
+    pub fn stop(self) -> Vec<Sample> {
+        // It ends by itself only if it panicked: then there is nobody to tell.
+        let _ = self.stop.send(());
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+/// A process that is watched.
+#[derive(Debug, Clone, Copy)]
+struct Watched {
+    parent: i32,
+    /// Its CPU time with that of its children that it has waited for, in ticks.
+    ticks: u64,
+    rss_bytes: u64,
+}
+
+struct Watch {
+    /// Source, container there, destination, container there.
+    namespaces: Vec<u64>,
+    ticks_per_second: u64,
+    /// Processes of each namespace at the last sample.
+    processes: Vec<HashMap<i32, Watched>>,
+    /// Ticks of those that have ended and that no watched parent has waited for.
+    ended: Vec<u64>,
+    /// Ticks used before the first sample.
+    before: Option<Vec<u64>>,
+    /// Processes elsewhere, and when they were seen first.
+    strangers: HashMap<i32, Instant>,
+}
+
+impl Watch {
+    fn new(namespaces: Vec<u64>) -> Self {
+        let none = vec![HashMap::new(); namespaces.len()];
+        let ended = vec![0; namespaces.len()];
+        let ticks_per_second = procfs::ticks_per_second();
+        Self { namespaces, ticks_per_second, processes: none, ended, before: None, strangers: HashMap::new() }
+    }
+
+    fn sample(&mut self) -> Sample {
+        let at = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock"));
+        let found = self.look();
+        for (number, processes) in found.into_iter().enumerate() {
+            self.ended[number] += ended(&self.processes[number], &processes);
+            self.processes[number] = processes;
+        }
+        let ticks: Vec<u64> = (0..self.namespaces.len())
+            .map(|at| self.ended[at] + self.processes[at].values().map(|process| process.ticks).sum::<u64>())
+            .collect();
+        let before = self.before.get_or_insert_with(|| ticks.clone()).clone();
+        let used = |at: usize| Use {
+            cpu_us: ticks[at].saturating_sub(before[at]) * 1_000_000 / self.ticks_per_second,
+            rss_bytes: self.processes[at].values().map(|process| process.rss_bytes).sum(),
+        };
+        Sample {
+            at_us: at.as_micros() as u64,
+            source: End { mover: used(0), container: used(1) },
+            destination: End { mover: used(2), container: used(3) },
+        }
+    }
+
+    /// The processes of each namespace.
+    fn look(&mut self) -> Vec<HashMap<i32, Watched>> {
+        let mut found = vec![HashMap::new(); self.namespaces.len()];
+        let mut strangers = HashMap::new();
+        let now = Instant::now();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let since = self.strangers.get(&pid).copied().unwrap_or(now);
+            if now - since < SETTLED {
+                let namespace = fs::metadata(entry.path().join("ns/net")).map_or(0, |found| found.ino());
+                if let Some(number) = self.namespaces.iter().position(|known| *known == namespace) {
+                    // One that ends meanwhile is one less.
+                    if let Ok(stat) = Process::new(pid).and_then(|process| process.stat()) {
+                        found[number].insert(pid, Watched::of(&stat));
+                    }
+                    continue;
+                }
+            }
+            strangers.insert(pid, since);
+        }
+        self.strangers = strangers;
+        found
+    }
+}
+
+impl Watched {
+    fn of(stat: &Stat) -> Self {
+        let children = stat.cutime.max(0) + stat.cstime.max(0);
+        let rss_bytes = stat.rss * procfs::page_size();
+        Self { parent: stat.ppid, ticks: stat.utime + stat.stime + children as u64, rss_bytes }
+    }
+}
+
+/// Ticks of processes that were there and are gone. One whose parent is there is left out: the parent waited for it and
+/// has its ticks.
+fn ended(before: &HashMap<i32, Watched>, now: &HashMap<i32, Watched>) -> u64 {
+    let gone = before.iter().filter(|(pid, was)| !now.contains_key(*pid) && !now.contains_key(&was.parent));
+    gone.map(|(_, was)| was.ticks).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ticks_of_who_has_ended_count_once() {
+        let watched = |parent, ticks| Watched { parent, ticks, rss_bytes: 0 };
+        let before = HashMap::from([(10, watched(1, 5)), (11, watched(10, 7)), (12, watched(1, 9))]);
+        let now = HashMap::from([(10, watched(1, 12))]);
+        assert_eq!(ended(&before, &now), 9, "11's are its parent's now");
+    }
+
+    #[test]
+    fn this_process_is_seen() {
+        let own = fs::metadata("/proc/self/ns/net").expect("a namespace").ino();
+        let mut watch = Watch::new(vec![own, 0, 1, 2]);
+        let sample = watch.sample();
+        assert!(sample.source.mover.rss_bytes > 0);
+        assert_eq!((sample.source.mover.cpu_us, sample.destination.container), (0, Use::default()));
+    }
+}
