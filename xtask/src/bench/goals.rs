@@ -32,6 +32,12 @@ impl Limit {
             Self::AtLeast(limit) => value >= limit,
         }
     }
+
+    /// The number.
+    pub fn value(self) -> f64 {
+        let (Self::Under(value) | Self::AtLeast(value)) = self;
+        value
+    }
 }
 
 /// The goals of a cell. They are for the default mode on 1 Gbit/s links, at the sizes and loads that they were set for;

@@ -5,9 +5,10 @@
 //! every figure with the command that is printed on it.
 //!
 //! [`matrix`] names what can be measured, [`presets`] and [`options`] select from it, [`obstacles`] tells what this
-//! machine cannot measure, [`campaign`] measures, and [`table`], [`files`] show what came out.
+//! machine cannot measure, [`campaign`] measures, and [`table`], [`files`] and [`figures`] show what came out.
 
 mod campaign;
+mod figures;
 mod files;
 mod goals;
 mod matrix;
@@ -18,6 +19,7 @@ mod options;
 mod presets;
 mod provenance;
 mod results;
+mod series;
 mod statistics;
 mod table;
 mod usage;
@@ -78,7 +80,9 @@ fn show(results: &Results, directory: &Directory) -> Result<()> {
         println!("\ngoal: {verdict}");
     }
     directory.write_tables(results)?;
-    println!("\nmeasurements: {}", directory.path().display());
+    let figures = figures::draw(results, directory)?;
+    println!("\nin {}: results.json, runs.csv, throughput.csv, usage.csv", directory.path().display());
+    println!("and as SVG and PNG: {}", figures.join(", "));
     Ok(())
 }
 

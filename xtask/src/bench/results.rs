@@ -77,3 +77,11 @@ impl Measured {
         self.cells.iter().any(|cell| cell.mover != Mover::Control && cell.obstacle.is_none())
     }
 }
+
+impl Cell {
+    /// What the mover's tracker was, if it was measured and has one.
+    pub fn tracker(&self) -> Option<&str> {
+        let mut movements = self.runs.iter().filter_map(|run| run.movement.as_ref());
+        movements.next().map(|movement| movement.tracker.as_str()).filter(|tracker| !tracker.is_empty())
+    }
+}
