@@ -22,6 +22,7 @@ pub mod tcp;
 pub mod thread;
 pub mod timerfd;
 pub mod uffd;
+pub mod will;
 pub mod zerocopy;
 
 use nix::errno::Errno;
