@@ -146,6 +146,12 @@ impl Cgroup {
         self.wait(false, limit)
     }
 
+    /// The file by which it is frozen and thawed.
+    pub fn freezer(&self) -> Result<File, CgroupError> {
+        let path = self.path.join("cgroup.freeze");
+        File::options().write(true).open(&path).map_err(file_error("open", &path))
+    }
+
     /// Whether every process is stopped now.
     pub fn is_frozen(&self) -> Result<bool, CgroupError> {
         let path = self.path.join("cgroup.events");

@@ -42,6 +42,21 @@ impl Case {
         Ok(migrate)
     }
 
+    /// Starts a migration and returns in the middle of the blackout, which takes seconds if nothing is sent before.
+    fn in_the_blackout(&self) -> Result<Migrate> {
+        let migrate = self.scene.start_migration(&["--mode", "one-shot"])?;
+        sleep(MIDWAY);
+        assert!(!self.links_are_up()?, "the links are down in the blackout");
+        Ok(migrate)
+    }
+
+    /// Whether the container can be reached at the source.
+    fn links_are_up(&self) -> Result<bool> {
+        let netns = self.scene.lab().source().container_netns(&self.scene.container().name);
+        let flags = netns.enter(|| fs::read_to_string("/proc/thread-self/net/route"))??;
+        Ok(flags.contains("eth0"))
+    }
+
     /// Checks both hosts after `outcome`, then moves the container all the same.
     fn assert_untouched_and_movable(mut self, outcome: &Outcome) -> Result<()> {
         let name = self.scene.container().name.clone();
@@ -91,6 +106,28 @@ fn a_killed_migrate() -> Result<()> {
     migrate.signal(Signal::SIGKILL)?;
     let outcome = migrate.wait()?;
     assert_eq!(outcome.code, None, "{}", outcome.output);
+    case.assert_untouched_and_movable(&outcome)
+}
+
+#[test]
+fn a_migrate_killed_in_the_blackout() -> Result<()> {
+    let case = Case::new()?;
+    let migrate = case.in_the_blackout()?;
+    migrate.signal(Signal::SIGKILL)?;
+    let outcome = migrate.wait()?;
+    assert_eq!(outcome.code, None, "{}", outcome.output);
+    wait_until_none(|| Ok(if case.links_are_up()? { vec![] } else { vec!["links that are down"] }))?;
+    case.assert_untouched_and_movable(&outcome)
+}
+
+#[test]
+fn a_migrate_interrupted_in_the_blackout() -> Result<()> {
+    let case = Case::new()?;
+    let migrate = case.in_the_blackout()?;
+    migrate.signal(Signal::SIGINT)?;
+    let outcome = migrate.wait()?;
+    assert_eq!(outcome.code, Some(exit::STAYED), "{}", outcome.output);
+    assert!(case.links_are_up()?, "they are up before pclive ends");
     case.assert_untouched_and_movable(&outcome)
 }
 

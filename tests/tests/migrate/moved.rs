@@ -68,7 +68,7 @@ fn assert_blackout_is_covered(report: &MigrationReport) {
 }
 
 /// Looks again and again until `look` finds nothing any more.
-pub fn wait_until_none(look: impl Fn() -> Result<Vec<String>>) -> Result<()> {
+pub fn wait_until_none<T: std::fmt::Debug>(look: impl Fn() -> Result<Vec<T>>) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(20);
     let end = Instant::now() + PATIENCE;
     loop {

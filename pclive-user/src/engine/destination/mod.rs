@@ -230,7 +230,7 @@ impl Building {
         let mut clock = Clock::start(Side::Destination);
         clock.enter("sandbox");
         let sandbox = make_sandbox(destination.runtime.as_ref(), bundle)?;
-        let mut links = Links::open(sandbox.netns.as_fd())?;
+        let mut links = Links::open(sandbox.netns.as_fd(), None)?;
         links.take_down()?;
         clock.enter("rounds");
         let skeleton = Skeleton::adopt(sandbox)?;

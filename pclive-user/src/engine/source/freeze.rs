@@ -158,8 +158,9 @@ impl Migration<'_> {
     pub(super) fn hand_off(&mut self) -> Result<Handed, MigrateError> {
         self.clock.enter("commit");
         self.cancellation.check()?;
-        // From here on the container stays frozen even if pclive dies.
+        // From here on the container stays frozen, and its links down, even if pclive dies.
         self.container.cgroup().freeze(FREEZER).map_err(super::ContainerError::Cgroup)?;
+        self.links.keep_down()?;
         self.channel.shield();
         self.note(SourceEvent::Commit)?;
         let commit_sent_us = self.clock.now_us();

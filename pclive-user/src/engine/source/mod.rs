@@ -184,7 +184,8 @@ pub fn migrate(
         return Err(MigrateError::Remote(RemoteError::HostMismatch(differing)));
     }
     let sender = PageSender::connect(options.to, accepted.token, 0, None)?;
-    let links = Links::open(container.env().netns.as_fd())?;
+    let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
+    let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
     let source = options.tracker.fault_source();
     let observer = source.map(|source| WriteObserver::attach(container.cgroup(), source)).transpose()?;
     let mut migration = Migration {

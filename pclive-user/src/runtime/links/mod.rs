@@ -7,6 +7,11 @@
 //!
 //! Everything here is synchronous and on sockets that were opened in the namespace beforehand: it is called inside the
 //! blackout, from any thread.
+//!
+//! A pclive that is killed while the links are down cannot bring them up again. So before they go down, what brings them
+//! back is put into a [`LastWill`], which a process of its own carries out if pclive ends, however it ends. From
+//! [`Links::keep_down`] on, which the source calls just before it commits, they stay down instead: the container may then
+//! run at the destination, and a second host must not answer for it.
 
 mod announce;
 mod netlink;
@@ -16,11 +21,12 @@ use netlink::{Netlink, Request};
 use netlink_packet_core::DecodeError;
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::packet::PacketSocket;
-use snapshot::{Address, Snapshot, is_settled};
+use pclive_sys::will::{Instruction, LastWill};
+use snapshot::{Address, Link, Snapshot, is_settled};
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -77,6 +83,9 @@ pub enum LinkError {
         /// Cause.
         source: DecodeError,
     },
+    /// Nobody could bring the links back if pclive were killed.
+    #[error("cannot provide for the links' return should pclive be killed")]
+    Will(#[source] io::Error),
     /// A list changes all the time.
     #[error("cannot {what}: it changes faster than it can be read")]
     Unsettled {
@@ -121,6 +130,10 @@ pub struct Links {
     snapshot: Snapshot,
     down: bool,
     detection: Vec<DuplicateDetection>,
+    /// `cgroup.freeze` of the container: thawed by the will, in case it is frozen by then.
+    freezer: Option<File>,
+    /// Brings the links back if this process cannot.
+    will: LastWill,
 }
 
 impl fmt::Debug for Links {
@@ -135,22 +148,31 @@ impl fmt::Debug for Links {
 impl Links {
     /// Opens what is needed in the network namespace `netns`; changes nothing.
     ///
+    /// `freezer` is the container's `cgroup.freeze`, if it will be frozen while the links are down: then it is thawed
+    /// together with the links' return if pclive is killed.
+    ///
     /// # Errors
     /// [`LinkError::OwnNamespace`] if `netns` is the one that pclive itself is in.
-    pub fn open(netns: BorrowedFd<'_>) -> Result<Self, LinkError> {
+    pub fn open(netns: BorrowedFd<'_>, freezer: Option<File>) -> Result<Self, LinkError> {
         if is_own(netns)? {
             return Err(LinkError::OwnNamespace);
         }
         let host = Netlink::open().map_err(socket_error("netlink"))?;
-        run_in_netns(netns, || {
+        let (netlink, packets, snapshot, detection) = run_in_netns(netns, || {
             let mut netlink = Netlink::open().map_err(socket_error("netlink"))?;
             let packets =
                 PacketSocket::for_sending().map_err(|errno| socket_error("packet")(errno.into()))?;
             let snapshot = Snapshot::take(&mut netlink)?;
             let names = snapshot.links.iter().map(|link| link.name.as_str());
-            let detection = ["all"].into_iter().chain(names).filter_map(DuplicateDetection::open).collect();
-            Ok(Self { netlink, host, packets, snapshot, down: false, detection })
-        })?
+            let settings = ["all"].into_iter().chain(names).filter_map(DuplicateDetection::open);
+            let detection: Vec<_> = settings.collect::<Result<_, _>>()?;
+            Ok::<_, LinkError>((netlink, packets, snapshot, detection))
+        })??;
+        let mut touched = vec![netlink.as_fd()];
+        touched.extend(detection.iter().map(|setting| setting.file.as_fd()));
+        touched.extend(freezer.as_ref().map(File::as_fd));
+        let will = LastWill::open(&touched).map_err(LinkError::Will)?;
+        Ok(Self { netlink, host, packets, snapshot, down: false, detection, freezer, will })
     }
 
     /// Takes every link except `lo` down and remembers what that destroys. Idempotent.
@@ -159,6 +181,7 @@ impl Links {
             return Ok(());
         }
         self.snapshot = Snapshot::take(&mut self.netlink)?;
+        self.write_will()?;
         let up = self.snapshot.links.iter().filter(|link| link.up);
         let requests: Vec<Request> = up.map(|link| link.set(false)).collect();
         // Also after an error: some links may be down.
@@ -166,6 +189,22 @@ impl Links {
         self.netlink.apply(&requests)?;
         // Detection is decided on when a link comes up; it must be off by then.
         self.detection.iter_mut().try_for_each(DuplicateDetection::suspend)
+    }
+
+    /// From here on the links stay down, also if pclive is killed: until [`Links::restore`] or [`Links::bring_up`].
+    pub fn keep_down(&mut self) -> Result<(), LinkError> {
+        self.will.revoke().map_err(LinkError::Will)
+    }
+
+    /// Says in the will how [`Links::restore`] is done, and what becomes of the rest that is changed while links are down.
+    fn write_will(&mut self) -> Result<(), LinkError> {
+        let requests = self.raising(&self.snapshot.links.iter().filter(|link| link.up).collect::<Vec<_>>());
+        let datagrams = self.netlink.datagrams(&requests);
+        let links = datagrams.into_iter().map(|bytes| Instruction { fd: self.netlink.as_fd(), bytes });
+        let settings = self.detection.iter().map(DuplicateDetection::resumption);
+        let thaw = self.freezer.iter().map(|file| Instruction { fd: file.as_fd(), bytes: b"0".to_vec() });
+        let instructions: Vec<_> = links.chain(settings).chain(thaw).collect();
+        self.will.write(&instructions).map_err(LinkError::Will)
     }
 
     /// Sets every link up, also those that were found down, with every address and route that was there, and returns
@@ -185,6 +224,16 @@ impl Links {
             return Ok(());
         }
         let raised: Vec<_> = self.snapshot.links.iter().filter(|link| is_raised(link.up)).collect();
+        let requests = self.raising(&raised);
+        let indices: Vec<_> = raised.iter().map(|link| (link.index, link.peer)).collect();
+        self.netlink.apply(&requests)?;
+        self.down = false;
+        self.will.revoke().map_err(LinkError::Will)?;
+        self.settle(&indices)
+    }
+
+    /// What sets these links up, with all that they had.
+    fn raising(&self, raised: &[&Link]) -> Vec<Request> {
         let is_raised = |index| raised.iter().any(|link| link.index == index);
         let renewals = || {
             let addresses = self.snapshot.addresses.iter().filter(|address| is_raised(address.link));
@@ -195,11 +244,7 @@ impl Links {
         let up = raised.iter().map(|link| link.set(true));
         let added = renewals().map(|renewal| renewal.add.clone());
         let routes = self.snapshot.routes.iter().cloned();
-        let requests: Vec<Request> = removed.chain(up).chain(added).chain(routes).collect();
-        let indices: Vec<_> = raised.iter().map(|link| (link.index, link.peer)).collect();
-        self.netlink.apply(&requests)?;
-        self.down = false;
-        self.settle(&indices)
+        removed.chain(up).chain(added).chain(routes).collect()
     }
 
     /// Waits until what is sent through the given links, and their peers on the host, gets through.
@@ -250,38 +295,41 @@ struct DuplicateDetection {
     /// Stays bound to the namespace in which it was opened.
     file: File,
     path: PathBuf,
-    found: Option<Vec<u8>>,
+    found: Vec<u8>,
+    suspended: bool,
 }
 
 impl DuplicateDetection {
     /// `None` where there is no IPv6.
-    fn open(link: &str) -> Option<Self> {
+    fn open(link: &str) -> Option<Result<Self, LinkError>> {
         let path = PathBuf::from(format!("/proc/sys/net/ipv6/conf/{link}/accept_dad"));
         let file = File::options().read(true).write(true).open(&path).ok()?;
-        Some(Self { file, path, found: None })
+        let mut found = [0; 16];
+        Some(match file.read_at(&mut found, 0) {
+            Ok(length) => Ok(Self { file, path, found: found[..length].to_vec(), suspended: false }),
+            Err(source) => Err(LinkError::File { call: "read", path, source }),
+        })
     }
 
     fn suspend(&mut self) -> Result<(), LinkError> {
-        if self.found.is_none() {
-            let mut value = [0; 16];
-            let length = self.file.read_at(&mut value, 0).map_err(self.failed("read"))?;
-            self.file.write_all_at(b"0", 0).map_err(self.failed("write"))?;
-            self.found = Some(value[..length].to_vec());
-        }
+        let failed = |source| LinkError::File { call: "write", path: self.path.clone(), source };
+        self.file.write_all_at(b"0", 0).map_err(failed)?;
+        self.suspended = true;
         Ok(())
     }
 
-    fn failed(&self, call: &'static str) -> impl FnOnce(io::Error) -> LinkError {
-        let path = self.path.clone();
-        move |source| LinkError::File { call, path, source }
+    /// What somebody else would have to do in place of dropping this.
+    fn resumption(&self) -> Instruction<'_> {
+        // Nothing has moved the file's position, which is where this will be written, from its start.
+        Instruction { fd: self.file.as_fd(), bytes: self.found.clone() }
     }
 }
 
 impl Drop for DuplicateDetection {
     fn drop(&mut self) {
-        if let Some(value) = &self.found {
+        if self.suspended {
             // Gone if the link or its namespace is.
-            let _ = self.file.write_all_at(value, 0);
+            let _ = self.file.write_all_at(&self.found, 0);
         }
     }
 }

@@ -12,6 +12,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// Requests sent at once: their acknowledgements must fit the socket's receive buffer (some 270 by default).
 const BATCH: usize = 64;
@@ -123,14 +124,14 @@ impl Netlink {
         result
     }
 
+    /// The same changes as datagrams, for somebody else to send through this socket.
+    pub fn datagrams(&mut self, requests: &[Request]) -> Vec<Vec<u8>> {
+        requests.chunks(BATCH).map(|batch| self.datagram(batch)).collect()
+    }
+
     fn apply_batch(&mut self, batch: &[Request]) -> Result<(), LinkError> {
         let first = self.sequence + 1;
-        let mut bytes = Vec::new();
-        for request in batch {
-            let flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
-            let sequence = self.next_sequence();
-            bytes.extend(serialize(request.message.clone(), flags, sequence));
-        }
+        let bytes = self.datagram(batch);
         self.socket.send(&bytes, 0).map_err(failed("send changes"))?;
         let (mut outstanding, mut result) = (batch.len(), Ok(()));
         while outstanding > 0 {
@@ -147,6 +148,16 @@ impl Netlink {
             }
         }
         result
+    }
+
+    fn datagram(&mut self, batch: &[Request]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for request in batch {
+            let flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
+            let sequence = self.next_sequence();
+            bytes.extend(serialize(request.message.clone(), flags, sequence));
+        }
+        bytes
     }
 
     /// The messages of one datagram.
@@ -168,6 +179,12 @@ impl Netlink {
     fn next_sequence(&mut self) -> u32 {
         self.sequence += 1;
         self.sequence
+    }
+}
+
+impl AsFd for Netlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

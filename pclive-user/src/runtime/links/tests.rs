@@ -85,8 +85,12 @@ impl Lab {
 
     /// The container's links, as its host opens them.
     fn links(&self) -> Links {
+        self.links_with(None)
+    }
+
+    fn links_with(&self, freezer: Option<File>) -> Links {
         let netns = self.netns();
-        run_in_netns(open_netns(&self.host).as_fd(), || Links::open(netns.as_fd())).unwrap().unwrap()
+        run_in_netns(open_netns(&self.host).as_fd(), || Links::open(netns.as_fd(), freezer)).unwrap().unwrap()
     }
 
     fn inside(&self, command: &str) -> String {
@@ -175,6 +179,38 @@ fn a_container_that_stays_has_everything_again() {
 }
 
 #[test]
+fn links_whose_pclive_ends_come_back_unless_they_are_to_stay_down() {
+    let lab = Lab::furnished();
+    let before = lab.everything();
+    let setting = || std::fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/accept_dad").unwrap();
+    let setting = || run_in_netns(lab.netns().as_fd(), setting).unwrap();
+    let mut freezer = tempfile::tempfile().unwrap();
+
+    let mut links = lab.links_with(Some(freezer.try_clone().unwrap()));
+    links.take_down().unwrap();
+    // Nothing of this process's own may do it: as if it had been killed, only the will is ended.
+    let Links { will, detection, netlink, .. } = links;
+    detection.into_iter().for_each(std::mem::forget);
+    assert_eq!(setting(), "0\n");
+    drop(will);
+    drop(netlink);
+    lab.settle();
+    assert_eq!((lab.everything(), setting().as_str()), (before, "1\n"));
+    let mut thawed = String::new();
+    std::io::Seek::rewind(&mut freezer).unwrap();
+    std::io::Read::read_to_string(&mut freezer, &mut thawed).unwrap();
+    assert_eq!(thawed, "0");
+
+    let mut links = lab.links();
+    links.take_down().unwrap();
+    links.keep_down().unwrap();
+    let down = lab.everything();
+    drop(links);
+    assert_eq!(lab.everything(), down);
+    assert!(lab.inside("-br link show eth0").contains("DOWN"));
+}
+
+#[test]
 fn addresses_work_the_moment_the_links_are_up() {
     let lab = Lab::furnished();
     let mut links = lab.links();
@@ -249,7 +285,7 @@ fn the_first_packet_from_the_container_gets_through_its_hosts_bridge() {
 #[test]
 fn the_hosts_own_links_are_out_of_reach() {
     let own = File::open("/proc/self/ns/net").unwrap();
-    assert!(matches!(Links::open(own.as_fd()).unwrap_err(), LinkError::OwnNamespace));
+    assert!(matches!(Links::open(own.as_fd(), None).unwrap_err(), LinkError::OwnNamespace));
 }
 
 #[test]
@@ -257,7 +293,7 @@ fn a_route_that_could_not_be_restored_is_named_before_anything_is_touched() {
     let lab = Lab::furnished();
     lab.inside("nexthop add id 7 via 192.0.2.1 dev eth0");
     lab.inside("route add 10.9.0.0/16 nhid 7");
-    let error = Links::open(lab.netns().as_fd()).unwrap_err().to_string();
+    let error = Links::open(lab.netns().as_fd(), None).unwrap_err().to_string();
     assert!(error.contains("10.9.0.0/16"), "{error}");
 }
 
