@@ -6,10 +6,11 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use pclive_tests::Programs;
 use pclive_tests::scene::{MIGRATE, MIGRATED, Scene};
 
+use super::criu::{Criu, Images};
 use super::matrix::{Mover, Setting};
 use super::movement::Movement;
 use super::results::{Cell, Measured, Results, Run};
@@ -29,6 +30,8 @@ const GLANCE: Duration = Duration::from_millis(200);
 pub struct Campaign<'a> {
     /// The programs that are measured.
     pub programs: &'a Programs,
+    /// The peer that is measured too.
+    pub criu: Option<Criu>,
     /// Turns.
     pub repeat: usize,
     /// How long the load runs before and after each migration.
@@ -84,10 +87,16 @@ impl Campaign<'_> {
 
     fn measure(&self, setting: &Setting, mover: Mover, turn: usize, usual: Duration) -> Result<Run> {
         let mut scene = Scene::set(self.programs.clone(), &setting.load(), setting.network())?;
-        let sampler = Sampler::start(scene.lab(), scene.container())?;
+        let images = if mover == Mover::Criu { Some(Images::new()?) } else { None };
+        let kept = images.as_ref().map(Images::destination);
+        let sampler = Sampler::start(scene.lab(), scene.container(), kept)?;
         pause(self.margin)?;
         let movement = match mover {
             Mover::Pclive { .. } => Some(Movement::of(&migrate(&mut scene, &mover.options())?)),
+            Mover::Criu => {
+                let (criu, images) = self.criu.as_ref().zip(images.as_ref()).context("no CRIU was given")?;
+                Some(criu.migrate(&mut scene, images, setting.shared)?)
+            }
             Mover::Control => {
                 scene.load().mark(MIGRATE)?;
                 pause(usual)?;

@@ -221,6 +221,8 @@ pub enum Mover {
         /// The first round that is applied when it comes; 0 is every round.
         restore_from: u32,
     },
+    /// By CRIU, which copies everything while the container stands still.
+    Criu,
     /// Not at all: the noise of the machine.
     Control,
 }
@@ -242,7 +244,11 @@ impl Mover {
 
 impl fmt::Display for Mover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Pclive { mode, tracker, restore_from } = self else { return f.write_str("control") };
+        let (mode, tracker, restore_from) = match self {
+            Self::Pclive { mode, tracker, restore_from } => (mode, tracker, restore_from),
+            Self::Criu => return f.write_str("CRIU, no pre-dump"),
+            Self::Control => return f.write_str("control"),
+        };
         f.write_str(mode.name())?;
         if *tracker != Tracker::Auto {
             write!(f, " {}", tracker.name())?;

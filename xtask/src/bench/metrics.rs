@@ -70,7 +70,8 @@ pub const DESTINATION_MEMORY: Metric = Metric {
     key: "destination_mib",
     title: "memory at destination, MiB",
     of: |run| {
-        let reported = moved(run)?.movement.as_ref()?.report.get("destination_peak_rss_bytes")?.as_f64();
+        let report = &moved(run)?.movement.as_ref()?.report;
+        let reported = report.get("destination_peak_rss_bytes").and_then(serde_json::Value::as_f64);
         let sampled = run.usage.iter().map(|sample| sample.destination.mover.rss_bytes as f64);
         Some(reported.unwrap_or_else(|| sampled.fold(0.0, f64::max)) / MIB)
     },

@@ -8,6 +8,7 @@
 //! machine cannot measure, [`campaign`] measures, and [`table`], [`files`] and [`figures`] show what came out.
 
 mod campaign;
+mod criu;
 mod figures;
 mod files;
 mod goals;
@@ -28,6 +29,7 @@ use anyhow::{Result, bail, ensure};
 pub use options::Options;
 
 use self::campaign::Campaign;
+use self::criu::Criu;
 use self::files::Directory;
 use self::matrix::{Group, Mover};
 use self::obstacles::{Machine, memory_mib};
@@ -50,6 +52,7 @@ pub fn bench(options: &Options) -> Result<()> {
     let groups = options.groups();
     ensure!(!groups.is_empty(), "no cell has such a name: see --list");
     let programs = release_programs(options.programs.as_deref())?;
+    let criu = options.criu.as_deref().map(Criu::at).transpose()?;
     let machine = Machine::here(&programs)?;
     let groups: Vec<_> = groups
         .iter()
@@ -65,7 +68,7 @@ pub fn bench(options: &Options) -> Result<()> {
     let warmed_up_mib = warm_up(&groups)?;
     let provenance = Provenance::here(options.repeat(), warmed_up_mib)?;
     let mut results = Results { provenance, groups };
-    let campaign = Campaign { programs: &programs, repeat: options.repeat(), margin: options.margin() };
+    let campaign = Campaign { programs: &programs, criu, repeat: options.repeat(), margin: options.margin() };
     campaign.carry_out(&mut results, |results| directory.keep(results))?;
     show(&results, &directory)?;
     conclude(&results)
@@ -101,9 +104,11 @@ fn conclude(results: &Results) -> Result<()> {
 
 /// Touches as much memory as any setting will need, as far as there is so much.
 fn warm_up(groups: &[Measured]) -> Result<u64> {
-    let needed =
-        groups.iter().filter(|group| group.is_feasible()).map(|group| memory_mib(&group.setting)).max();
-    let mib = needed.unwrap_or_default().min(memory()?.available_mib * 9 / 10);
+    let needed = groups.iter().flat_map(|group| {
+        let cells = group.cells.iter().filter(|cell| cell.obstacle.is_none());
+        cells.map(|cell| memory_mib(&group.setting, cell.mover))
+    });
+    let mib = needed.max().unwrap_or_default().min(memory()?.available_mib * 9 / 10);
     eprintln!(
         "touching {mib} MiB of memory first: what a virtual machine has never used is slow at its first use"
     );

@@ -52,9 +52,9 @@ impl Machine {
         if !(self.has)(&program) {
             return Some(format!("{} is not installed: cargo xtask setup", program.display()));
         }
-        let (needed, available) = (memory_mib(setting), self.memory.available_mib);
+        let (needed, available) = (memory_mib(setting, mover), self.memory.available_mib);
         if needed > available {
-            return Some(format!("needs {needed} MiB of memory for both copies, {available} are available"));
+            return Some(format!("needs {needed} MiB of memory for all copies, {available} are available"));
         }
         if setting.open_loop.is_some() && setting.workload == Workload::Idle {
             return Some("nobody asks an idle container anything: there is no open loop".into());
@@ -73,9 +73,11 @@ impl Machine {
     }
 }
 
-/// What a setting takes of the machine's memory while both copies exist.
-pub fn memory_mib(setting: &Setting) -> u64 {
-    (setting.data_mib as f64 * MIB_PER_DATA_MIB * 2.0) as u64 + OTHERS_MIB
+/// What a migration takes of the machine's memory while all copies exist.
+pub fn memory_mib(setting: &Setting, mover: Mover) -> u64 {
+    // CRIU's images are a third one.
+    let copies = if mover == Mover::Criu { 3.0 } else { 2.0 };
+    (setting.data_mib as f64 * MIB_PER_DATA_MIB * copies) as u64 + OTHERS_MIB
 }
 
 #[cfg(test)]

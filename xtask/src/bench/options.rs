@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::matrix::{Axes, Group, Mode, Tracker, Workload};
+use super::matrix::{Axes, Group, Mode, Mover, Tracker, Workload};
 use super::presets;
 
 /// What one measurement takes besides filling, reading back, moving and the margins.
@@ -46,6 +46,9 @@ pub struct Options {
     /// Draw the tables and pictures of the results in --out again, and measure nothing
     #[arg(long)]
     pub redraw: bool,
+    /// Move the container by this CRIU too, in the same turns; it must be of the kernel's time (4.2 for Linux 6.16)
+    #[arg(long, value_name = "PATH")]
+    pub criu: Option<PathBuf>,
     /// A directory with the programs `pclive` and `load`, instead of building them
     #[arg(long, value_name = "DIR")]
     pub programs: Option<PathBuf>,
@@ -116,6 +119,9 @@ impl Options {
         };
         for group in &mut groups {
             self.changes.apply(group);
+            if self.criu.is_some() {
+                group.movers.push(Mover::Criu);
+            }
         }
         if let Some(part) = &self.only {
             for group in &mut groups {
@@ -222,7 +228,7 @@ mod tests {
         assert!(product.iter().all(|group| group.movers.len() == 2 && group.setting.shared));
         let one_shot = groups(&["--only", "one-shot"]);
         assert_eq!(one_shot.len(), 1);
-        assert_eq!(one_shot[0].movers, [super::super::matrix::Mover::mode(Mode::OneShot)]);
+        assert_eq!(one_shot[0].movers, [Mover::mode(Mode::OneShot)]);
         assert!(groups(&["--quick", "--mode", "pclive"]).is_empty(), "a preset is no axis");
         assert!(groups(&["--open-loop", "-3"]).is_empty());
     }

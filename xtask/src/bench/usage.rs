@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,6 +17,8 @@ use nix::time::{ClockId, clock_gettime};
 use pclive_tests::lab::{Container, Lab};
 use procfs::process::{Process, Stat};
 use serde::{Deserialize, Serialize};
+
+use super::criu::size;
 
 /// How far samples are apart. One takes less than a millisecond.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -48,7 +51,7 @@ pub struct End {
 pub struct Use {
     /// CPU time since the first sample, of processes that have ended too.
     pub cpu_us: u64,
-    /// Resident memory now.
+    /// Resident memory now, with the files that the mover keeps in memory.
     pub rss_bytes: u64,
 }
 
@@ -59,11 +62,12 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Starts to watch both hosts of a lab and the container on them.
+    /// Starts to watch both hosts of a lab and the container on them. `kept` is a directory in memory that the mover uses
+    /// at the destination.
     ///
     /// # Errors
     /// When a namespace of the lab is gone.
-    pub fn start(lab: &Lab, container: &Container) -> Result<Self> {
+    pub fn start(lab: &Lab, container: &Container, kept: Option<PathBuf>) -> Result<Self> {
         let mut namespaces = Vec::new();
         for host in [lab.source(), lab.destination()] {
             for netns in [host.netns(), &host.container_netns(&container.name)] {
@@ -72,7 +76,7 @@ impl Sampler {
                 namespaces.push(metadata.ino());
             }
         }
-        let mut watch = Watch::new(namespaces);
+        let mut watch = Watch::new(namespaces, kept);
         let (stop, stopped) = channel();
         let thread = std::thread::spawn(move || {
             let mut samples = vec![watch.sample()];
@@ -108,6 +112,7 @@ struct Watched {
 struct Watch {
     /// Source, container there, destination, container there.
     namespaces: Vec<u64>,
+    kept: Option<PathBuf>,
     ticks_per_second: u64,
     /// Processes of each namespace at the last sample.
     processes: Vec<HashMap<i32, Watched>>,
@@ -120,11 +125,12 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(namespaces: Vec<u64>) -> Self {
+    fn new(namespaces: Vec<u64>, kept: Option<PathBuf>) -> Self {
         let none = vec![HashMap::new(); namespaces.len()];
         let ended = vec![0; namespaces.len()];
         let ticks_per_second = procfs::ticks_per_second();
-        Self { namespaces, ticks_per_second, processes: none, ended, before: None, strangers: HashMap::new() }
+        let strangers = HashMap::new();
+        Self { namespaces, kept, ticks_per_second, processes: none, ended, before: None, strangers }
     }
 
     fn sample(&mut self) -> Sample {
@@ -142,10 +148,12 @@ impl Watch {
             cpu_us: ticks[at].saturating_sub(before[at]) * 1_000_000 / self.ticks_per_second,
             rss_bytes: self.processes[at].values().map(|process| process.rss_bytes).sum(),
         };
+        let mut destination = End { mover: used(2), container: used(3) };
+        destination.mover.rss_bytes += self.kept.as_deref().map_or(0, size);
         Sample {
             at_us: at.as_micros() as u64,
             source: End { mover: used(0), container: used(1) },
-            destination: End { mover: used(2), container: used(3) },
+            destination,
         }
     }
 
@@ -204,7 +212,7 @@ mod tests {
     #[test]
     fn this_process_is_seen() {
         let own = fs::metadata("/proc/self/ns/net").expect("a namespace").ino();
-        let mut watch = Watch::new(vec![own, 0, 1, 2]);
+        let mut watch = Watch::new(vec![own, 0, 1, 2], None);
         let sample = watch.sample();
         assert!(sample.source.mover.rss_bytes > 0);
         assert_eq!((sample.source.mover.cpu_us, sample.destination.container), (0, Use::default()));

@@ -155,13 +155,17 @@ fn over_time(results: &Results, group: &Measured) -> [Option<Figure>; 3] {
 fn panel(cell: &Cell, of: fn(&Run) -> Vec<Curve>) -> Option<Panel> {
     let shown = median_run(cell, metrics::GAP.of).or_else(|| median_run(cell, metrics::BLACKOUT.of))?;
     let others = cell.runs.iter().filter(|run| run.turn != shown.turn).map(of).collect();
+    let curves = of(shown);
+    if curves.iter().all(Vec::is_empty) {
+        return None;
+    }
     let count = cell.runs.len();
     let label = match (metrics::GAP.of)(shown) {
         Some(gap) => format!("{} (median run of {count}: {} ms without an answer)", cell.name, number(gap)),
         None => format!("{} (median run of {count})", cell.name),
     };
     let end_s = series::migration_s(shown);
-    Some(Panel { label, curves: of(shown), others, end_s, blackout_s: series::blackout_s(shown) })
+    Some(Panel { label, curves, others, end_s, blackout_s: series::blackout_s(shown) })
 }
 
 /// The run whose number is nearest to the median.
