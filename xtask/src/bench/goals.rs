@@ -74,7 +74,8 @@ pub fn verdicts(setting: &Setting, cell: &Cell) -> Vec<String> {
         };
         let all_met = met == values.len();
         // That nobody was harmed is worth a line only if somebody was: every cell has this goal.
-        if !values.is_empty() && !(all_met && metric.key == metrics::HARMED.key) {
+        let obvious = all_met && metric.key == metrics::HARMED.key;
+        if !values.is_empty() && !obvious {
             let verdict = if all_met { "met" } else { "MISSED" };
             let (name, count, what) = (&cell.name, values.len(), metric.title.trim());
             verdicts.push(format!("{name}: {what} {wanted}: {verdict} ({met} of {count} runs)"));
