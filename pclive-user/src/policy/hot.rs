@@ -4,58 +4,66 @@
 //! pages became dirty. Such a page is hot. It is held back until it rests for a round, or until the container is frozen.
 //! Nothing is ever forgotten: a page that was written and not sent since is held back until it is sent.
 //!
-//! Two signs tell a hot page:
-//!
-//! - it was written in each of the last rounds: all that scans can tell, and true for the pages that matter most, because
-//!   rounds get shorter and shorter;
-//! - it was written soon after the last round had begun (and protected it), as eBPF saw: if writes come at random, the
-//!   time to the first of them is what one waits for the next. This sign needs one round only, however long.
+//! Scans tell that a page was written in each of the last rounds. That is most telling for the pages that matter most,
+//! because rounds get shorter and shorter.
 
 use pclive_wire::PageSet;
 use std::collections::VecDeque;
-use std::time::Duration;
-
-/// For how long after its begin a write in a round that took `round` is a sign of heat. The next round is seldom shorter
-/// than a third of this one; a page that waits for a tenth will hardly live through it unwritten.
-pub fn soon(round: Duration) -> Duration {
-    round / 10
-}
 
 /// The recent rounds of one address space.
 #[derive(Clone, Debug)]
 pub struct HotPages {
     /// Rounds in a row that make a page hot; 0 if no page is ever held back.
     rounds: usize,
-    /// What was written in each of the last `rounds` rounds at most, the newest first; `None` before the first round.
-    written: Option<VecDeque<PageSet>>,
+    /// What was written in each of the last rounds, one less than that, the newest first; `None` before the first round.
+    before: Option<VecDeque<PageSet>>,
+    /// The pages that were written in all of these.
+    always: PageSet,
+    /// What was written in this round so far.
+    written: PageSet,
     held_back: PageSet,
 }
 
 impl HotPages {
     /// Holds back pages that were written in each of the last `rounds` rounds. With 0 no page is ever held back.
     pub fn new(rounds: usize) -> Self {
-        Self { rounds, written: None, held_back: PageSet::new() }
+        let none = PageSet::new;
+        Self { rounds, before: None, always: none(), written: none(), held_back: none() }
     }
 
-    /// Begins a round. `written` are the pages that were written since the last one began, `soon` those of them that were
-    /// written soon after. Returns the pages to send.
-    pub fn next_round(&mut self, written: PageSet, soon: &PageSet) -> PageSet {
+    /// Splits off what to send now of pages that were written.
+    pub fn split(&mut self, written: PageSet) -> PageSet {
         // The first round has every page there is, written or not.
-        let (Some(recent), 1..) = (&mut self.written, self.rounds) else {
-            self.written = Some(VecDeque::new());
+        if self.before.is_none() || self.rounds == 0 {
             return written;
-        };
-        let unsent = self.held_back.union(&written);
-        let mut hot = written.intersection(soon);
-        recent.push_front(written);
-        recent.truncate(self.rounds);
-        if recent.len() == self.rounds
-            && let Some(always) = recent.iter().cloned().reduce(|always, round| always.intersection(&round))
-        {
-            hot = hot.union(&always);
         }
-        self.held_back = unsent.intersection(&hot);
-        unsent.difference(&hot)
+        let hot = match self.rounds {
+            1 => written.clone(),
+            _ => written.intersection(&self.always),
+        };
+        self.written = self.written.union(&written);
+        self.held_back = self.held_back.union(&hot);
+        written.difference(&hot)
+    }
+
+    /// Ends the walk over what was written in this round. Returns pages that were held back and have rested: to be sent now.
+    pub fn end_round(&mut self) -> PageSet {
+        let written = std::mem::take(&mut self.written);
+        let rested = self.held_back.difference(&written);
+        self.held_back = self.held_back.intersection(&written);
+        let Some(before) = &mut self.before else {
+            self.before = Some(VecDeque::new());
+            return rested;
+        };
+        before.push_front(written);
+        before.truncate(self.rounds.saturating_sub(1));
+        self.always = match before.len() + 1 == self.rounds {
+            true => {
+                before.iter().cloned().reduce(|both, round| both.intersection(&round)).unwrap_or_default()
+            }
+            false => PageSet::new(),
+        };
+        rested
     }
 
     /// The pages that wait.
@@ -84,6 +92,14 @@ mod tests {
         pages.ranges().iter().flat_map(of).collect()
     }
 
+    /// A round in which these pages are written; returns those that are sent.
+    fn round(hot: &mut HotPages, written: &[u64]) -> PageSet {
+        // In two pieces, as a walk brings them.
+        let (some, others) = written.split_at(written.len() / 2);
+        let sent = hot.split(pages(some)).union(&hot.split(pages(others)));
+        sent.union(&hot.end_round())
+    }
+
     #[test]
     fn pages_written_in_every_recent_round_wait() {
         let mut hot = HotPages::new(2);
@@ -100,43 +116,35 @@ mod tests {
             // Forgotten: written once more is not hot.
             (&[11], &[11], &[]),
         ] {
-            let sent = hot.next_round(pages(written), &PageSet::new());
+            let sent = round(&mut hot, written);
             assert_eq!((&sent, hot.held_back()), (&pages(send), &pages(held_back)), "after {written:?}");
         }
-    }
-
-    #[test]
-    fn a_page_written_soon_waits_at_once() {
-        let mut hot = HotPages::new(3);
-        hot.next_round(pages(&[1, 2, 3]), &PageSet::new());
-        assert_eq!(hot.next_round(pages(&[1, 2]), &pages(&[2, 7])), pages(&[1]));
-        assert_eq!(hot.take_held_back(), pages(&[2]));
-        assert_eq!(hot.take_held_back(), PageSet::new());
     }
 
     #[test]
     fn without_rounds_nothing_waits() {
         let mut hot = HotPages::new(0);
         for _ in 0..4 {
-            assert_eq!(hot.next_round(pages(&[1, 2]), &pages(&[1])), pages(&[1, 2]));
+            assert_eq!(round(&mut hot, &[1, 2]), pages(&[1, 2]));
         }
     }
 
     #[test]
     fn every_written_page_is_sent_in_the_end() {
-        // A pattern in which page p is written in the rounds r with r % (p + 1) == 0, soon if r is even and p odd.
+        // A pattern in which page p is written in the rounds r with r % (p + 1) == 0.
         for rounds in [0, 1, 3, 99] {
             let mut hot = HotPages::new(rounds);
             let mut unsent = BTreeSet::new();
-            for round in 0..40u64 {
-                let written: Vec<_> = (0..9u64).filter(|p| round % (p + 1) == 0).collect();
-                let soon: Vec<_> = (0..9u64).filter(|p| (round + p) % 2 == 1).collect();
+            for number in 0..40u64 {
+                let written: Vec<_> = (0..9u64).filter(|p| number % (p + 1) == 0).collect();
                 unsent.extend(&written);
-                for page in numbers(&hot.next_round(pages(&written), &pages(&soon))) {
+                for page in numbers(&round(&mut hot, &written)) {
                     assert!(unsent.remove(&page), "{page} is sent in vain");
                 }
                 assert_eq!(numbers(hot.held_back()), unsent);
             }
+            assert_eq!(numbers(&hot.take_held_back()), unsent);
+            assert!(hot.held_back().is_empty());
         }
     }
 }

@@ -6,6 +6,9 @@
 //! are not protected, and protects them in the same step; their contents are read afterwards. A write that comes between
 //! the two is in the contents *and* in the next dirty set: sent twice, never lost.
 //!
+//! That is done piece by piece, when it is a piece's turn to be sent. Protecting everything when a round begins would count
+//! every page that is written before its turn twice: in this round, and in the next one.
+//!
 //! A mapping that has appeared since the last round is not registered, and the kernel drops the registration of one that
 //! is moved or replaced. So each round registers everything again; that leaves the pages of what is new unprotected, and
 //! the scan returns all of them. Nothing depends on having seen the `mmap`.
@@ -28,6 +31,7 @@ use pclive_wire::layout::mapped_anew;
 use pclive_wire::manifest::{Backing, Vma};
 use pclive_wire::units::USER_END;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, PageSet, VirtAddr};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -79,6 +83,15 @@ pub struct Dirty {
     pub absent: PageSet,
 }
 
+/// A round under way.
+#[derive(Debug)]
+pub struct Walk {
+    /// What has not been looked at yet.
+    ahead: VecDeque<(PageRange, Filter)>,
+    /// Pages that must be sent without having been written.
+    unwritten: PageSet,
+}
+
 /// A process whose writes are tracked. Dropping it ends the tracking: nothing stays in the process.
 #[derive(Debug)]
 pub struct TrackedProcess {
@@ -88,8 +101,10 @@ pub struct TrackedProcess {
     memory: Arc<ProcessMemory>,
     /// The layout of the last round.
     layout: Vec<Vma>,
-    /// Every page that was sent and not yet reported absent.
+    /// Every page that was sent and not yet reported absent, but for those of `walked`.
     sent: PageSet,
+    /// What rounds have walked over since `sent` was brought up to date.
+    walked: Vec<PageRange>,
     /// For how long the process was stopped to attach.
     pub stopped_for: Duration,
 }
@@ -122,6 +137,7 @@ impl TrackedProcess {
             memory: Arc::new(memory),
             layout: Vec::new(),
             sent: PageSet::new(),
+            walked: Vec::new(),
             stopped_for,
         })
     }
@@ -134,6 +150,7 @@ impl TrackedProcess {
             memory: Arc::new(ProcessMemory::open(pid)?),
             layout: Vec::new(),
             sent: PageSet::new(),
+            walked: Vec::new(),
             stopped_for: Duration::ZERO,
         })
     }
@@ -143,18 +160,48 @@ impl TrackedProcess {
         self.memory.clone()
     }
 
-    /// Begins a round: returns what was written since the last one, protecting it again. `layout` are the mappings now.
-    pub fn begin_round(&mut self, layout: &[Vma]) -> Result<PageSet, TrackError> {
+    /// Begins a round, whose pages [`Self::next_pages`] returns. `layout` are the mappings now.
+    pub fn begin_round(&mut self, layout: &[Vma]) -> Result<Walk, TrackError> {
         self.register_all(layout)?;
-        let mut found = Vec::new();
-        for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
-            self.pagemap.scan_and_protect(vma.range, written(vma), &mut found)?;
-        }
-        self.populated_of_new(layout, &mut found)?;
-        let written: PageSet = found.iter().map(|region| region.range).collect();
-        self.sent = self.sent.union(&written);
+        let mut new = Vec::new();
+        self.populated_of_new(layout, &mut new)?;
+        // Those that are written the walk will find.
+        let is_unwritten = |region: &&Region| !region.categories.has(Categories::WRITTEN);
+        let unwritten: PageSet = new.iter().filter(is_unwritten).map(|region| region.range).collect();
+        let own = layout.iter().filter(|vma| has_own_pages(vma));
+        self.note_walked();
         self.layout = layout.to_vec();
-        Ok(written)
+        Ok(Walk { ahead: own.map(|vma| (vma.range, written(vma))).collect(), unwritten })
+    }
+
+    /// The next pages of a round, about `pages` of them, which are protected again from now on; none at its end.
+    ///
+    /// They are protected only when it is their turn: a page that is written once more before is sent once.
+    pub fn next_pages(&mut self, walk: &mut Walk, pages: u64) -> Result<PageSet, TrackError> {
+        let mut found = Vec::new();
+        let mut room = pages;
+        while let Some((range, filter)) = walk.ahead.front_mut()
+            && room > 0
+        {
+            let end = self.pagemap.scan_and_protect(*range, *filter, room, &mut found)?;
+            room = pages.saturating_sub(found.iter().map(|region| region.range.pages).sum());
+            match end < range.end() && room == 0 {
+                true => *range = PageRange::between(end, range.end()),
+                false => drop(walk.ahead.pop_front()),
+            }
+        }
+        let mut next: PageSet = found.iter().map(|region| region.range).collect();
+        if next.is_empty() {
+            next = std::mem::take(&mut walk.unwritten);
+        }
+        self.walked.extend_from_slice(next.ranges());
+        Ok(next)
+    }
+
+    /// Takes what was walked over into the set of pages sent.
+    fn note_walked(&mut self) {
+        let walked: PageSet = self.walked.drain(..).collect();
+        self.sent = self.sent.union(&walked);
     }
 
     /// The pages written since the last round. Protects nothing, and does not see mappings that are new since.
@@ -169,6 +216,7 @@ impl TrackedProcess {
     /// A round with every thread stopped: nothing is protected, and pages that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
         self.register_all(layout)?;
+        self.note_walked();
         let (mut found, mut there) = (Vec::new(), Vec::new());
         for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
             let first = found.len();

@@ -11,6 +11,7 @@ use crate::{
     },
 };
 use anyhow::Result;
+use pclive_wire::manifest::Process;
 use pclive_wire::{HostPid, NsPid, PageSet};
 use std::{collections::HashMap, time::Duration};
 
@@ -121,7 +122,7 @@ impl Session {
             !tree_changed(&drained) && self.cgroup.processes()?.iter().all(|pid| self.own.contains_key(pid));
         let frozen = frozen.filter(|_| known);
         let now = now()?;
-        let round = self.container.begin_round()?;
+        let round = written(&mut self.container)?;
         let is_frozen = frozen.is_some();
         drop(frozen);
 
@@ -161,6 +162,19 @@ impl Session {
             self.begins.remove(0);
         }
     }
+}
+
+/// What each process has written since the last interval; protects it again.
+fn written(container: &mut Container) -> Result<Vec<(Process, PageSet)>> {
+    let mut processes = Vec::new();
+    for (process, mut walk) in container.begin_round()? {
+        let mut written = PageSet::new();
+        while let Some(pages) = container.next_pages(process.pid, &mut walk, u64::MAX)? {
+            written = written.union(&pages);
+        }
+        processes.push((process, written));
+    }
+    Ok(processes)
 }
 
 fn tree_changed(drained: &Drained) -> bool {

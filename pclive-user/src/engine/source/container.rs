@@ -1,6 +1,5 @@
 //! The container at the source: its processes, what tracks them, and what stops them.
 
-use super::pages::ProcessPages;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
 use crate::capture::process::{ProcessError, capture_layout};
@@ -8,10 +7,12 @@ use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
 use crate::runtime::{Cgroup, CgroupError};
-use crate::track::attach::{Dirty, TrackError, TrackedProcess};
+use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
+use pclive_sys::mem::ProcessMemory;
 use pclive_wire::manifest::{Process, Thread};
 use pclive_wire::{HostPid, NsPid, PageSet};
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why the container could not be read or stopped.
@@ -35,6 +36,9 @@ pub enum ContainerError {
     Ended,
 }
 
+/// The last pages of a process, and where they are to be read.
+pub type LastPages = (Arc<ProcessMemory>, Dirty);
+
 /// What is kept about a process from round to round.
 #[derive(Debug)]
 struct Live {
@@ -43,13 +47,13 @@ struct Live {
 }
 
 impl Live {
-    /// The layout of the process, and the pages that were written since the last round.
+    /// The layout of the process, and the round that begins.
     fn round(
         &mut self,
         process: &SourceProcess,
         parent: NsPid,
         attach_stop: &mut Duration,
-    ) -> Result<(Process, PageSet), ContainerError> {
+    ) -> Result<(Process, Walk), ContainerError> {
         let pid = process.pid;
         let at = |source| ContainerError::Process { pid, source };
         let track = |source| ContainerError::Track { pid, source };
@@ -65,7 +69,7 @@ impl Live {
                 }
             };
             match tracked.begin_round(&layout.vmas) {
-                Ok(written) => return Ok((layout, written)),
+                Ok(walk) => return Ok((layout, walk)),
                 // It executed another program: its new address space is tracked from the beginning.
                 Err(error) if error.is_gone() && !has_ended(pid) => self.tracked = None,
                 Err(error) => return Err(track(error)),
@@ -79,7 +83,7 @@ impl Live {
         process: &SourceProcess,
         parent: NsPid,
         threads: Vec<Thread>,
-    ) -> Result<(Process, Dirty), ContainerError> {
+    ) -> Result<(Process, LastPages), ContainerError> {
         let pid = process.pid;
         let track = |source| ContainerError::Track { pid, source };
         let layout = capture_layout(process, parent, threads, &mut self.vmas)
@@ -90,7 +94,7 @@ impl Live {
                 none => none.insert(TrackedProcess::untracked(pid).map_err(track)?),
             };
             match tracked.last_round(&layout.vmas) {
-                Ok(dirty) => return Ok((layout, dirty)),
+                Ok(dirty) => return Ok((layout, (tracked.memory(), dirty))),
                 Err(error) if error.is_gone() => self.tracked = None,
                 Err(error) => return Err(track(error)),
             }
@@ -158,9 +162,9 @@ impl Container {
         Ok(())
     }
 
-    /// The layout of every process, and the pages that were written since the last round. Processes that end meanwhile are
-    /// left out; the next round knows.
-    pub fn begin_round(&mut self) -> Result<Vec<(Process, PageSet)>, ContainerError> {
+    /// The layout of every process, and the round that begins: [`Container::next_pages`] returns its pages. Processes that
+    /// end meanwhile are left out; the next round knows.
+    pub fn begin_round(&mut self) -> Result<Vec<(Process, Walk)>, ContainerError> {
         self.refresh()?;
         let mut round = Vec::with_capacity(self.processes.len());
         let mut gone = HashSet::new();
@@ -173,7 +177,7 @@ impl Container {
             let parent = ns_pid(&self.processes, process.parent);
             let live = self.live.get_mut(&pid).expect("every process has an entry");
             match live.round(process, parent, &mut self.attach_stop) {
-                Ok((layout, written)) => round.push((layout, written)),
+                Ok(begun) => round.push(begun),
                 Err(error) if is_gone(&error) && process.ns_pid != NsPid(1) => {
                     gone.insert(pid);
                 }
@@ -186,7 +190,32 @@ impl Container {
         Ok(round)
     }
 
-    /// The pages that each process has written since the last round began.
+    /// The next pages of a round, about `pages` of them; `None` at its end.
+    pub fn next_pages(
+        &mut self,
+        pid: NsPid,
+        walk: &mut Walk,
+        pages: u64,
+    ) -> Result<Option<PageSet>, ContainerError> {
+        let Some((pid, tracked)) = self.tracked(pid) else { return Ok(None) };
+        match tracked.next_pages(walk, pages) {
+            Ok(found) => Ok((!found.is_empty()).then_some(found)),
+            Err(error) if error.is_gone() => Ok(None),
+            Err(source) => Err(ContainerError::Track { pid, source }),
+        }
+    }
+
+    /// The memory of a process whose round has begun.
+    pub fn memory(&mut self, pid: NsPid) -> Option<Arc<ProcessMemory>> {
+        self.tracked(pid).map(|(_, tracked)| tracked.memory())
+    }
+
+    fn tracked(&mut self, pid: NsPid) -> Option<(HostPid, &mut TrackedProcess)> {
+        let pid = self.processes.iter().find(|process| process.ns_pid == pid)?.pid;
+        Some((pid, self.live.get_mut(&pid)?.tracked.as_mut()?))
+    }
+
+    /// The pages that each process has written since they were last sent.
     pub fn written(&self) -> Result<HashMap<NsPid, PageSet>, ContainerError> {
         let tracked = |process: &SourceProcess| {
             let tracked = self.live.get(&process.pid)?.tracked.as_ref()?;
@@ -227,7 +256,7 @@ impl Container {
     pub fn last_round(
         &mut self,
         stopped: &[StoppedProcess],
-    ) -> Result<Vec<(Process, Dirty)>, ContainerError> {
+    ) -> Result<Vec<(Process, LastPages)>, ContainerError> {
         let mut round = Vec::with_capacity(stopped.len());
         for (process, stopped) in self.processes.iter().zip(stopped) {
             let parent = ns_pid(&self.processes, process.parent);
@@ -237,16 +266,6 @@ impl Container {
             round.push(live.last_round(process, parent, threads)?);
         }
         Ok(round)
-    }
-
-    /// The pages of a round, of the processes that are still there, ready to be read and sent.
-    pub fn pages(&self, round: impl IntoIterator<Item = (NsPid, Dirty)>) -> Vec<ProcessPages> {
-        let pages = |(pid, dirty)| {
-            let process = self.processes.iter().find(|process| process.ns_pid == pid)?;
-            let memory = self.live.get(&process.pid)?.tracked.as_ref()?.memory();
-            Some(ProcessPages { pid, memory, dirty })
-        };
-        round.into_iter().filter_map(pages).collect()
     }
 
     /// Ends the tracking: nothing of pclive stays in the processes.

@@ -1,6 +1,7 @@
 //! The blackout at the source: stop, last pages, all state, handoff.
 
-use super::pages::send_round;
+use super::container::LastPages;
+use super::pages::Outgoing;
 use super::{MigrateError, Migration, STEP};
 use crate::capture::files::{CapturedFiles, capture_files};
 use crate::capture::process::capture_stopped;
@@ -9,9 +10,9 @@ use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
 use crate::capture::{Access, Obstacles};
 use crate::handoff::SourceEvent;
-use pclive_wire::Round;
 use pclive_wire::control::{DestinationMessage, RunningReport};
 use pclive_wire::manifest::{Manifest, Process};
+use pclive_wire::{NsPid, Round};
 use std::time::{Duration, Instant};
 
 /// How often a freeze is tried again when the container is in a state that cannot be moved but passes.
@@ -103,19 +104,25 @@ impl Migration<'_> {
             return Ok(Err(unreaped.into_iter().map(reason).collect()));
         }
         self.clock.enter("last dirty pages");
-        let mut dirty = self.container.last_round(stopped)?;
-        let dirty_pages = dirty.iter().map(|(_, dirty)| dirty.written.pages()).sum();
-        for (layout, dirty) in &mut dirty {
-            if let Some(hot) = self.hot.get_mut(&layout.pid) {
-                dirty.written = dirty.written.union(&hot.take_held_back());
-            }
-        }
-        let layouts = dirty.iter().map(|(layout, _)| layout.clone()).collect();
-        let pages = self.send_layouts(dirty)?;
-        let round = self.round;
+        let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
+            self.container.last_round(stopped)?.into_iter().unzip();
+        let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
+        self.begin_round(layouts.clone())?;
+        let mut outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
+        let hot = &mut self.hot;
         let (sent, captured) = std::thread::scope(|scope| {
-            let (sender, before) = (&mut self.sender, &mut self.sent);
-            let sending = scope.spawn(move || send_round(sender, round, &pages, before, |_| Ok(())));
+            let pids = layouts.iter().map(|layout| layout.pid);
+            let pages: Vec<(NsPid, LastPages)> = pids.zip(pages).collect();
+            let sending = scope.spawn(move || {
+                for (pid, (memory, dirty)) in pages {
+                    outgoing.pages(pid, &memory, &dirty.written)?;
+                    if let Some(hot) = hot.get_mut(&pid) {
+                        outgoing.pages(pid, &memory, &hot.take_held_back())?;
+                    }
+                    outgoing.absent(pid, &dirty.absent)?;
+                }
+                outgoing.end()
+            });
             self.clock.enter("capture state");
             let captured = capture(layouts, stopped, &mut self.links, &self.container);
             self.clock.enter("send last pages");

@@ -35,7 +35,7 @@ use nix::sys::resource::UsageWho;
 use pclive_wire::control::{AbortReason, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage};
 use pclive_wire::facts::mismatches;
 use pclive_wire::phase::{ClockJoin, Side};
-use pclive_wire::{NsPid, PageSet, Round};
+use pclive_wire::{NsPid, Round};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -143,8 +143,6 @@ struct Migration<'a> {
     sent: Option<Sent>,
     /// The pages of each process that are held back.
     hot: HashMap<NsPid, HotPages>,
-    /// The pages that were written soon after the last round had begun.
-    written_soon: HashMap<NsPid, PageSet>,
     round: Round,
     report: Report,
     handoff: Source,
@@ -202,7 +200,6 @@ pub fn migrate(
         heat: Heat::default(),
         sent: options.patch_pages.then(Sent::nothing).transpose().map_err(MigrateError::Random)?,
         hot: HashMap::new(),
-        written_soon: HashMap::new(),
         round: Round(0),
         report: std::mem::take(report),
         handoff: Source::default(),

@@ -1,15 +1,14 @@
 //! Reading and sending the pages of a round.
 
 use super::sent::Sent;
-use crate::track::attach::{Dirty, batches};
+use crate::track::attach::batches;
 use crate::track::digests::Digests;
 use crate::transport::{self, PageSender};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::control::RoundSummary;
 use pclive_wire::limits::MAX_BATCH_PAGES;
 use pclive_wire::page_frame::{BlockMask, PageRun, RunKind};
-use pclive_wire::{NsPid, PAGE_SIZE, PageRange, Round, VirtAddr};
-use std::sync::Arc;
+use pclive_wire::{NsPid, PAGE_SIZE, PageRange, PageSet, Round, VirtAddr};
 
 /// Why pages could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -27,77 +26,59 @@ pub enum SendError {
     },
 }
 
-/// The pages that one process contributes to a round.
-#[derive(Debug)]
-pub struct ProcessPages {
-    /// Whose, as the container numbers it.
-    pub pid: NsPid,
-    /// Where they are read from.
-    pub memory: Arc<ProcessMemory>,
-    /// What to send.
-    pub dirty: Dirty,
+/// The pages of one round on their way.
+pub struct Outgoing<'a> {
+    sender: &'a mut PageSender,
+    before: Option<&'a mut Sent>,
+    sent: RoundSummary,
 }
 
-/// Sends a round's pages and its barrier; returns what was sent. Calls `batch_sent` with the pages of each batch.
-pub fn send_round(
-    sender: &mut PageSender,
-    round: Round,
-    pages: &[ProcessPages],
-    before: &mut Option<Sent>,
-    mut batch_sent: impl FnMut(u64) -> Result<(), SendError>,
-) -> Result<RoundSummary, SendError> {
-    let mut sent = RoundSummary::none(round);
-    for process in pages {
-        let mut digests = before.as_mut().and_then(|before| before.digests(process.pid));
-        for batch in batches(process.dirty.written.ranges(), MAX_BATCH_PAGES as u64) {
-            send_batch(sender, process, &batch, digests.as_deref_mut(), &mut sent)?;
-            batch_sent(batch.iter().map(|range| range.pages).sum())?;
-        }
-        send_absent(sender, process, digests, &mut sent)?;
+impl<'a> Outgoing<'a> {
+    /// Begins `round`; of pages that were sent `before`, only what has changed is sent, if that is given.
+    pub fn new(sender: &'a mut PageSender, before: Option<&'a mut Sent>, round: Round) -> Self {
+        Self { sender, before, sent: RoundSummary::none(round) }
     }
-    sender.barrier()?;
-    Ok(sent)
-}
 
-fn send_batch(
-    sender: &mut PageSender,
-    process: &ProcessPages,
-    ranges: &[PageRange],
-    digests: Option<&mut Digests>,
-    sent: &mut RoundSummary,
-) -> Result<(), SendError> {
-    let pid = process.pid;
-    let mut buffer = sender.buffer()?;
-    let contents = buffer.contents_mut();
-    let missing =
-        process.memory.read_pages(ranges, contents).map_err(|source| SendError::Read { pid, source })?;
-    let runs = compact(ranges, &missing, contents, digests);
-    if runs.is_empty() {
-        return Ok(());
-    }
-    runs.iter().for_each(|run| sent.count(run));
-    Ok(sender.send(pid, &runs, buffer)?)
-}
-
-fn send_absent(
-    sender: &mut PageSender,
-    process: &ProcessPages,
-    mut digests: Option<&mut Digests>,
-    sent: &mut RoundSummary,
-) -> Result<(), SendError> {
-    for batch in batches(process.dirty.absent.ranges(), MAX_BATCH_PAGES as u64) {
-        let runs: Vec<PageRun> =
-            batch.iter().map(|&range| PageRun { range, kind: RunKind::Absent }).collect();
-        for run in &runs {
-            sent.count(run);
-            if let Some(digests) = digests.as_deref_mut() {
-                digests.forget(run.range);
+    /// Reads and sends pages of the process `pid`.
+    pub fn pages(&mut self, pid: NsPid, memory: &ProcessMemory, pages: &PageSet) -> Result<(), SendError> {
+        for ranges in batches(pages.ranges(), MAX_BATCH_PAGES as u64) {
+            let mut buffer = self.sender.buffer()?;
+            let contents = buffer.contents_mut();
+            let missing =
+                memory.read_pages(&ranges, contents).map_err(|source| SendError::Read { pid, source })?;
+            let digests = self.before.as_mut().and_then(|before| before.digests(pid));
+            let runs = compact(&ranges, &missing, contents, digests);
+            if !runs.is_empty() {
+                runs.iter().for_each(|run| self.sent.count(run));
+                self.sender.send(pid, &runs, buffer)?;
             }
         }
-        let buffer = sender.buffer()?;
-        sender.send(process.pid, &runs, buffer)?;
+        Ok(())
     }
-    Ok(())
+
+    /// Tells that pages of the process `pid` are no longer there.
+    pub fn absent(&mut self, pid: NsPid, pages: &PageSet) -> Result<(), SendError> {
+        for ranges in batches(pages.ranges(), MAX_BATCH_PAGES as u64) {
+            let absent = |&range| PageRun { range, kind: RunKind::Absent };
+            let runs: Vec<PageRun> = ranges.iter().map(absent).collect();
+            let mut digests = self.before.as_mut().and_then(|before| before.digests(pid));
+            for run in &runs {
+                self.sent.count(run);
+                if let Some(digests) = &mut digests {
+                    digests.forget(run.range);
+                }
+            }
+            let buffer = self.sender.buffer()?;
+            self.sender.send(pid, &runs, buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the round; returns what was sent.
+    pub fn end(self) -> Result<RoundSummary, SendError> {
+        self.sender.barrier()?;
+        Ok(self.sent)
+    }
 }
 
 /// Moves what must travel to the front of `contents`, and describes what was read as runs. Pages that are missing (unmapped

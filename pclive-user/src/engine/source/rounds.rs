@@ -1,17 +1,17 @@
 //! Pre-copy: rounds while the container runs, until it is time to freeze.
 
-use super::pages::{ProcessPages, send_round};
+use super::pages::Outgoing;
 use super::{MigrateError, Migration, STEP};
 use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
 use crate::policy::convergence::{Decision, Limits, decide, predicted_blackout};
-use crate::policy::hot::{self, HotPages};
-use crate::track::attach::Dirty;
-use crate::track::observer;
+use crate::policy::hot::HotPages;
+use crate::track::attach::Walk;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
+use pclive_wire::limits::MAX_BATCH_PAGES;
 use pclive_wire::manifest::{Manifest, Process};
-use pclive_wire::{NsPid, PAGE_SIZE, PageRange, PageSet, Round};
+use pclive_wire::{NsPid, PAGE_SIZE, PageSet, Round};
 use std::time::{Duration, Instant};
 
 /// What a blackout costs beside sending pages, for the prediction: about what `cargo xtask bench` shows.
@@ -54,52 +54,39 @@ impl Migration<'_> {
         Ok(if pages_before == 0 { pages * PAGE_SIZE } else { pages * before.bytes / pages_before })
     }
 
-    /// One round of pages that were written since the last one, without the hot ones.
+    /// One round of pages that were written since they were sent, without the hot ones.
     fn round(&mut self) -> Result<RoundReport, MigrateError> {
         let start = Instant::now();
-        let begun = observer::now()?;
-        let processes = self.container.begin_round()?;
-        let dirty_pages = processes.iter().map(|(_, written)| written.pages()).sum();
-        self.progress.round(self.round, dirty_pages);
-        let processes = self.hold_back_hot(processes);
-        let pages = self.send_layouts(processes)?;
-        let Self { sender, progress, cancellation, round, sent, .. } = self;
-        let sent = send_round(sender, *round, &pages, sent, |sent| {
-            progress.sent(sent);
-            Ok(cancellation.check()?)
-        })?;
+        let (layouts, walks): (Vec<Process>, Vec<Walk>) = self.container.begin_round()?.into_iter().unzip();
+        let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
+        self.progress.round(self.round, self.container.written()?.values().map(PageSet::pages).sum());
+        self.begin_round(layouts)?;
+        self.hot.retain(|pid, _| pids.contains(pid));
+        let mut dirty_pages = 0;
+        let mut outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
+        for (pid, mut walk) in pids.into_iter().zip(walks) {
+            let hot = self.hot.entry(pid).or_insert_with(|| HotPages::new(self.options.hot_rounds));
+            let Some(memory) = self.container.memory(pid) else { continue };
+            while let Some(pages) = self.container.next_pages(pid, &mut walk, MAX_BATCH_PAGES as u64)? {
+                self.cancellation.check()?;
+                let found = pages.pages();
+                outgoing.pages(pid, &memory, &hot.split(pages))?;
+                self.progress.sent(found);
+                dirty_pages += found;
+            }
+            outgoing.pages(pid, &memory, &hot.end_round())?;
+        }
+        let sent = outgoing.end()?;
         self.end_round(sent)?;
-        self.observe(begun, start.elapsed())?;
+        self.observe()?;
         Ok(self.note_round(sent, dirty_pages, start))
     }
 
-    /// Leaves out the hot pages of a round.
-    fn hold_back_hot(&mut self, processes: Vec<(Process, PageSet)>) -> Vec<(Process, Dirty)> {
-        let mut soon = std::mem::take(&mut self.written_soon);
-        let mut before = std::mem::take(&mut self.hot);
-        let mut split = |(layout, written): (Process, PageSet)| {
-            let pid = layout.pid;
-            let mut hot = before.remove(&pid).unwrap_or_else(|| HotPages::new(self.options.hot_rounds));
-            let written = hot.next_round(written, &soon.remove(&pid).unwrap_or_default());
-            self.hot.insert(pid, hot);
-            (layout, Dirty { written, ..Dirty::default() })
-        };
-        processes.into_iter().map(&mut split).collect()
-    }
-
-    /// Takes in what the eBPF programs have seen in the round that began at `begun` and took `duration`. What they lost
-    /// costs nothing but detail: the dirty sets come from scans.
-    fn observe(&mut self, begun: Duration, duration: Duration) -> Result<(), MigrateError> {
+    /// Takes in what the eBPF programs have seen. What they lost costs nothing but detail: the dirty sets come from scans.
+    fn observe(&mut self) -> Result<(), MigrateError> {
         let Some(observer) = &mut self.observer else { return Ok(()) };
         let drained = observer.drain()?;
         self.heat.absorb(&drained);
-        let soon = begun..begun + hot::soon(duration);
-        for process in self.container.processes() {
-            let writes = drained.writes.iter().filter(|write| write.pid == process.pid);
-            let pages =
-                writes.filter(|write| soon.contains(&write.time)).map(|write| PageRange::new(write.page, 1));
-            self.written_soon.insert(process.ns_pid, pages.collect());
-        }
         self.report.observed.writes += drained.writes.len() as u64;
         self.report.observed.changes += drained.changes.len() as u64;
         self.report.observed.lost += drained.lost.writes + drained.lost.changes;
@@ -122,21 +109,13 @@ impl Migration<'_> {
         report
     }
 
-    /// Begins a round at the destination; returns its pages.
-    pub(super) fn send_layouts(
-        &mut self,
-        processes: Vec<(Process, Dirty)>,
-    ) -> Result<Vec<ProcessPages>, MigrateError> {
-        let (layouts, dirty): (Vec<Process>, Vec<Dirty>) = processes.into_iter().unzip();
-        let pids = layouts.iter().map(|layout| layout.pid);
-        let pages = self.container.pages(pids.zip(dirty));
+    /// Begins a round at the destination, which makes its skeleton equal to these processes.
+    pub(super) fn begin_round(&mut self, layouts: Vec<Process>) -> Result<(), MigrateError> {
         if let Some(sent) = &mut self.sent {
             sent.reconciled(&layouts);
         }
-        let manifest =
-            Manifest { round: self.round, last: false, processes: layouts, descriptions: Vec::new() };
-        self.send_manifest(manifest)?;
-        Ok(pages)
+        let round = self.round;
+        self.send_manifest(Manifest { round, last: false, processes: layouts, descriptions: Vec::new() })
     }
 
     /// Sends what the container looks like now.

@@ -189,7 +189,11 @@ fn every_write_to_a_protected_page_is_seen_once_until_it_is_protected_again() {
         let mut vmas = VmaReader::new(process.pid);
         let layout = vmas.read().unwrap();
         let mut tracked = TrackedProcess::attach(&process, layout).unwrap();
-        tracked.begin_round(layout).unwrap();
+        let mut protect = || {
+            let mut walk = tracked.begin_round(layout).unwrap();
+            tracked.next_pages(&mut walk, u64::MAX).unwrap()
+        };
+        protect();
         for _ in 0..3 {
             observer.drain().unwrap();
             worker.tell("write");
@@ -197,8 +201,7 @@ fn every_write_to_a_protected_page_is_seen_once_until_it_is_protected_again() {
             let drained = observer.drain().unwrap();
             let events = drained.writes.iter().filter(|write| is_in(&buffer, write)).count() as u64;
             assert_eq!((events, written(&drained, process.pid, &buffer)), (PAGES, PAGES), "{source:?}");
-            let dirty = tracked.begin_round(layout).unwrap();
-            assert_eq!(dirty.intersection(&[buffer].into_iter().collect()).pages(), PAGES);
+            assert_eq!(protect().intersection(&[buffer].into_iter().collect()).pages(), PAGES);
         }
     }
 }
