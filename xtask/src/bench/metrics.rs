@@ -86,8 +86,19 @@ pub const HARMED: Metric = Metric {
     },
 };
 
+/// What others took of the machine meanwhile.
+pub const OTHERS: Metric = Metric {
+    key: "others_cpu_percent",
+    title: "CPU of others, %",
+    of: |run| {
+        let (first, last) = (run.usage.first()?, run.usage.last()?);
+        let used_us = last.others_cpu_us.saturating_sub(first.others_cpu_us);
+        Some(100.0 * used_us as f64 / last.at_us.saturating_sub(first.at_us).max(1) as f64)
+    },
+};
+
 /// Every metric, in the order of tables.
-pub const ALL: [Metric; 17] = [
+pub const ALL: [Metric; 19] = [
     GAP,
     BLACKOUT,
     Metric { key: "dump_ms", title: "  of it dump, ms", of: |run| part(run, "dump") },
@@ -117,10 +128,16 @@ pub const ALL: [Metric; 17] = [
     Metric { key: "p50_ms", title: "latency 50 %, ms", of: |run| latency(run, |of| of.p50_us) },
     Metric { key: "p99_ms", title: "latency 99 %, ms", of: |run| latency(run, |of| of.p99_us) },
     Metric { key: "p999_ms", title: "latency 99.9 %, ms", of: |run| latency(run, |of| of.p999_us) },
+    Metric {
+        key: "lateness_p99_ms",
+        title: "client late by 99 %, ms",
+        of: |run| (run.load.lateness.max_us > 0).then(|| run.load.lateness.p99_us as f64 / 1e3),
+    },
     SOURCE_CPU,
     DESTINATION_CPU,
     DESTINATION_MEMORY,
     HARMED,
+    OTHERS,
 ];
 
 impl Metric {

@@ -9,6 +9,8 @@ use super::statistics::Summary;
 const NAME: usize = 27;
 /// A column.
 const COLUMN: usize = 24;
+/// Others that take more of a CPU than this are worth a word.
+const DISTURBED_PERCENT: f64 = 20.0;
 /// Columns beside each other.
 const COLUMNS: usize = 4;
 
@@ -25,11 +27,24 @@ pub fn draw(group: &Measured) -> String {
         }
     }
     for cell in &group.cells {
+        text += &disturbances(cell);
         if let Some(obstacle) = &cell.obstacle {
             text += &format!("  not measured: {}: {obstacle}\n", cell.name);
         }
         for failure in &cell.failures {
             text += &format!("  FAILED: {}: {failure}\n", cell.name);
+        }
+    }
+    text
+}
+
+/// The runs in which the machine had other things to do.
+fn disturbances(cell: &Cell) -> String {
+    let mut text = String::new();
+    for run in &cell.runs {
+        if let Some(percent) = (metrics::OTHERS.of)(run).filter(|percent| *percent > DISTURBED_PERCENT) {
+            let (name, turn) = (&cell.name, run.turn);
+            text += &format!("  disturbed: {name}, turn {turn}: others took {percent:.0} % of a CPU\n");
         }
     }
     text

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::time::{ClockId, clock_gettime};
-use pclive_tests::lab::{Container, Lab};
+use pclive_tests::lab::{Container, Lab, Netns};
 use procfs::process::{Process, Stat};
+use procfs::{CurrentSI, KernelStats};
 use serde::{Deserialize, Serialize};
 
 use super::criu::size;
@@ -35,6 +36,9 @@ pub struct Sample {
     pub source: End,
     /// At the destination.
     pub destination: End,
+    /// CPU time since the first sample that was not the lab's: of other processes, of the kernel, and of other virtual
+    /// machines in this one's place.
+    pub others_cpu_us: u64,
 }
 
 /// One host's part.
@@ -69,13 +73,16 @@ impl Sampler {
     /// When a namespace of the lab is gone.
     pub fn start(lab: &Lab, container: &Container, kept: Option<PathBuf>) -> Result<Self> {
         let mut namespaces = Vec::new();
+        let mut add = |netns: &Netns| -> Result<()> {
+            let path = netns.path();
+            namespaces.push(fs::metadata(&path).with_context(|| format!("stat {}", path.display()))?.ino());
+            Ok(())
+        };
         for host in [lab.source(), lab.destination()] {
-            for netns in [host.netns(), &host.container_netns(&container.name)] {
-                let path = netns.path();
-                let metadata = fs::metadata(&path).with_context(|| format!("stat {}", path.display()))?;
-                namespaces.push(metadata.ino());
-            }
+            add(host.netns())?;
+            add(&host.container_netns(&container.name))?;
         }
+        add(lab.client())?;
         let mut watch = Watch::new(namespaces, kept);
         let (stop, stopped) = channel();
         let thread = std::thread::spawn(move || {
@@ -110,7 +117,7 @@ struct Watched {
 }
 
 struct Watch {
-    /// Source, container there, destination, container there.
+    /// Source, container there, destination, container there, client.
     namespaces: Vec<u64>,
     kept: Option<PathBuf>,
     ticks_per_second: u64,
@@ -118,8 +125,8 @@ struct Watch {
     processes: Vec<HashMap<i32, Watched>>,
     /// Ticks of those that have ended and that no watched parent has waited for.
     ended: Vec<u64>,
-    /// Ticks used before the first sample.
-    before: Option<Vec<u64>>,
+    /// Ticks used before the first sample, in each namespace and in all.
+    before: Option<(Vec<u64>, u64)>,
     /// Processes elsewhere, and when they were seen first.
     strangers: HashMap<i32, Instant>,
 }
@@ -143,9 +150,12 @@ impl Watch {
         let ticks: Vec<u64> = (0..self.namespaces.len())
             .map(|at| self.ended[at] + self.processes[at].values().map(|process| process.ticks).sum::<u64>())
             .collect();
-        let before = self.before.get_or_insert_with(|| ticks.clone()).clone();
+        let all = machine_ticks();
+        let (before, all_before) = self.before.get_or_insert_with(|| (ticks.clone(), all)).clone();
+        let us = |ticks: u64| ticks * 1_000_000 / self.ticks_per_second;
+        let lab = ticks.iter().sum::<u64>().saturating_sub(before.iter().sum());
         let used = |at: usize| Use {
-            cpu_us: ticks[at].saturating_sub(before[at]) * 1_000_000 / self.ticks_per_second,
+            cpu_us: us(ticks[at].saturating_sub(before[at])),
             rss_bytes: self.processes[at].values().map(|process| process.rss_bytes).sum(),
         };
         let mut destination = End { mover: used(2), container: used(3) };
@@ -154,6 +164,7 @@ impl Watch {
             at_us: at.as_micros() as u64,
             source: End { mover: used(0), container: used(1) },
             destination,
+            others_cpu_us: us(all.saturating_sub(all_before).saturating_sub(lab)),
         }
     }
 
@@ -190,6 +201,17 @@ impl Watched {
     }
 }
 
+/// Ticks in which the machine's CPUs were not idle, those in which it was not given one included. Interrupts count as
+/// well: the kernel adds their time to that of the process which they interrupted.
+fn machine_ticks() -> u64 {
+    // There is no kernel without /proc/stat; nobody would be blamed then.
+    KernelStats::current().map_or(0, |stats| {
+        let cpu = stats.total;
+        let interrupts = [cpu.irq, cpu.softirq, cpu.steal].map(Option::unwrap_or_default);
+        cpu.user + cpu.nice + cpu.system + interrupts.iter().sum::<u64>()
+    })
+}
+
 /// Ticks of processes that were there and are gone. One whose parent is there is left out: the parent waited for it and
 /// has its ticks.
 fn ended(before: &HashMap<i32, Watched>, now: &HashMap<i32, Watched>) -> u64 {
@@ -212,7 +234,7 @@ mod tests {
     #[test]
     fn this_process_is_seen() {
         let own = fs::metadata("/proc/self/ns/net").expect("a namespace").ino();
-        let mut watch = Watch::new(vec![own, 0, 1, 2], None);
+        let mut watch = Watch::new(vec![own, 0, 1, 2, 3], None);
         let sample = watch.sample();
         assert!(sample.source.mover.rss_bytes > 0);
         assert_eq!((sample.source.mover.cpu_us, sample.destination.container), (0, Use::default()));
