@@ -74,7 +74,7 @@ impl Campaign<'_> {
         if cell.is_given_up() {
             return;
         }
-        match self.measure(&group.setting, cell.mover, turn, usual) {
+        match self.measure(&group.setting, &cell.mover, turn, usual) {
             Ok(run) => cell.runs.push(run),
             // What an interrupt tears down is no failure of the mover.
             Err(_) if interrupt::requested() => {}
@@ -85,9 +85,9 @@ impl Campaign<'_> {
         }
     }
 
-    fn measure(&self, setting: &Setting, mover: Mover, turn: usize, usual: Duration) -> Result<Run> {
+    fn measure(&self, setting: &Setting, mover: &Mover, turn: usize, usual: Duration) -> Result<Run> {
         let mut scene = Scene::set(self.programs.clone(), &setting.load(), setting.network())?;
-        let images = if mover == Mover::Criu { Some(Images::new()?) } else { None };
+        let images = if *mover == Mover::Criu { Some(Images::new()?) } else { None };
         let kept = images.as_ref().map(Images::destination);
         let sampler = Sampler::start(scene.lab(), scene.container(), kept)?;
         pause(self.margin)?;

@@ -42,10 +42,10 @@ impl Limit {
 
 /// The goals of a cell. They are for the default mode on 1 Gbit/s links, at the sizes and loads that they were set for;
 /// that no client is harmed is for every cell.
-pub fn goals(setting: &Setting, mover: Mover) -> Vec<Goal> {
+pub fn goals(setting: &Setting, mover: &Mover) -> Vec<Goal> {
     let under = |metric, limit| Goal { metric, limit: Limit::Under(limit) };
     let mut goals = vec![under(metrics::HARMED, 1.0)];
-    if mover != Mover::mode(Mode::PcliveG) || setting.rate_mbit != 1_000 {
+    if *mover != Mover::mode(Mode::PcliveG) || setting.rate_mbit != 1_000 {
         return goals;
     }
     goals.push(under(metrics::RESTORE, 15.0));
@@ -65,7 +65,7 @@ pub fn goals(setting: &Setting, mover: Mover) -> Vec<Goal> {
 /// A line for each goal of a cell that has measurements: how many of them are within it.
 pub fn verdicts(setting: &Setting, cell: &Cell) -> Vec<String> {
     let mut verdicts = Vec::new();
-    for Goal { metric, limit } in goals(setting, cell.mover) {
+    for Goal { metric, limit } in goals(setting, &cell.mover) {
         let values: Vec<f64> = cell.runs.iter().filter_map(metric.of).collect();
         let met = values.iter().filter(|value| limit.is_met(**value)).count();
         let wanted = match limit {
@@ -104,18 +104,18 @@ mod tests {
     #[test]
     fn goals_belong_to_the_settings_they_were_set_for() {
         let base = Setting::new(Workload::Redis90, 1024, 1_000);
-        let limit = |setting: &Setting, mover, metric: Metric| {
+        let limit = |setting: &Setting, mover: &Mover, metric: Metric| {
             goals(setting, mover)
                 .into_iter()
                 .find(|goal| goal.metric.key == metric.key)
                 .map(|goal| goal.limit)
         };
         let default = Mover::mode(Mode::PcliveG);
-        assert_eq!(limit(&base, default, metrics::GAP), Some(Limit::Under(150.0)));
-        assert_eq!(limit(&base, Mover::mode(Mode::OneShot), metrics::GAP), None);
-        assert_eq!(limit(&base.clone().hot(10), default, metrics::GAP), None);
+        assert_eq!(limit(&base, &default, metrics::GAP), Some(Limit::Under(150.0)));
+        assert_eq!(limit(&base, &Mover::mode(Mode::OneShot), metrics::GAP), None);
+        assert_eq!(limit(&base.clone().hot(10), &default, metrics::GAP), None);
         let write_heavy = Setting::new(Workload::Redis10, 1024, 1_000).hot(10);
-        assert_eq!(limit(&write_heavy, default, metrics::GAP), Some(Limit::Under(400.0)));
-        assert_eq!(limit(&write_heavy, Mover::Control, metrics::HARMED), Some(Limit::Under(1.0)));
+        assert_eq!(limit(&write_heavy, &default, metrics::GAP), Some(Limit::Under(400.0)));
+        assert_eq!(limit(&write_heavy, &Mover::Control, metrics::HARMED), Some(Limit::Under(1.0)));
     }
 }

@@ -209,7 +209,7 @@ impl Tracker {
 }
 
 /// A way to move a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mover {
     /// By pclive.
@@ -220,6 +220,8 @@ pub enum Mover {
         tracker: Tracker,
         /// The first round that is applied when it comes; 0 is every round.
         restore_from: u32,
+        /// Further options of `pclive migrate`, as one types them; none of them has a space in it.
+        further: String,
     },
     /// By CRIU, which copies everything while the container stands still.
     Criu,
@@ -230,24 +232,27 @@ pub enum Mover {
 impl Mover {
     /// pclive in a mode, with everything else as it is by default.
     pub const fn mode(mode: Mode) -> Self {
-        Self::Pclive { mode, tracker: Tracker::Auto, restore_from: 0 }
+        Self::pclive(mode, Tracker::Auto, 0)
+    }
+
+    /// pclive without further options.
+    pub const fn pclive(mode: Mode, tracker: Tracker, restore_from: u32) -> Self {
+        Self::Pclive { mode, tracker, restore_from, further: String::new() }
     }
 
     /// The options of `pclive migrate`; none for other movers.
-    pub fn options(self) -> Vec<String> {
-        let Self::Pclive { mode, tracker, restore_from } = self else { return Vec::new() };
-        ["--mode", mode.name(), "--tracker", tracker.name(), "--restore-from", &restore_from.to_string()]
-            .map(str::to_owned)
-            .to_vec()
+    pub fn options(&self) -> Vec<String> {
+        let Self::Pclive { mode, tracker, restore_from, further } = self else { return Vec::new() };
+        let from = restore_from.to_string();
+        let options = ["--mode", mode.name(), "--tracker", tracker.name(), "--restore-from", &from];
+        options.into_iter().chain(further.split_whitespace()).map(str::to_owned).collect()
     }
 }
 
 impl fmt::Display for Mover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (mode, tracker, restore_from) = match self {
-            Self::Pclive { mode, tracker, restore_from } => (mode, tracker, restore_from),
-            Self::Criu => return f.write_str("CRIU, no pre-dump"),
-            Self::Control => return f.write_str("control"),
+        let Self::Pclive { mode, tracker, restore_from, further } = self else {
+            return f.write_str(if *self == Self::Criu { "CRIU, no pre-dump" } else { "control" });
         };
         f.write_str(mode.name())?;
         if *tracker != Tracker::Auto {
@@ -255,6 +260,9 @@ impl fmt::Display for Mover {
         }
         if *restore_from > 0 {
             write!(f, " from {restore_from}")?;
+        }
+        if !further.is_empty() {
+            write!(f, " {further}")?;
         }
         Ok(())
     }
@@ -271,7 +279,7 @@ pub struct Group {
 
 impl Group {
     /// What a cell of this group is called: what `--only` looks into.
-    pub fn cell_name(&self, mover: Mover) -> String {
+    pub fn cell_name(&self, mover: &Mover) -> String {
         format!("{}: {mover}", self.setting)
     }
 }
@@ -291,20 +299,26 @@ pub struct Axes {
     pub trackers: Vec<Tracker>,
     /// Its first rounds to restore from.
     pub restore_from: Vec<u32>,
+    /// Its further options.
+    pub further: Vec<String>,
 }
 
 impl Axes {
     /// Each with each.
     pub fn product(&self) -> Vec<Group> {
-        let movers: Vec<_> = self
-            .modes
-            .iter()
-            .flat_map(|mode| self.trackers.iter().map(move |tracker| (*mode, *tracker)))
-            .flat_map(|(mode, tracker)| {
-                let from = self.restore_from.iter();
-                from.map(move |from| Mover::Pclive { mode, tracker, restore_from: *from })
-            })
-            .collect();
+        let mut movers = Vec::new();
+        for mode in &self.modes {
+            for tracker in &self.trackers {
+                for restore_from in &self.restore_from {
+                    movers.extend(self.further.iter().map(|further| Mover::Pclive {
+                        mode: *mode,
+                        tracker: *tracker,
+                        restore_from: *restore_from,
+                        further: further.clone(),
+                    }));
+                }
+            }
+        }
         let mut groups = Vec::new();
         for workload in &self.workloads {
             for size in &self.sizes_mib {
@@ -331,6 +345,7 @@ mod tests {
             modes: Mode::ALL.to_vec(),
             trackers: vec![Tracker::Auto, Tracker::Scan],
             restore_from: vec![0, 2],
+            further: vec![String::new()],
         };
         let groups = axes.product();
         assert_eq!(groups.len(), 12);
@@ -341,7 +356,7 @@ mod tests {
     fn names_say_what_differs() {
         let setting = Setting::new(Workload::Redis10, 1024, 1000).hot(10);
         assert_eq!(setting.to_string(), "Redis 10:90, 1 GiB (10 MiB hot), 1 Gbit/s");
-        let mover = Mover::Pclive { mode: Mode::Pclive, tracker: Tracker::Scan, restore_from: 2 };
+        let mover = Mover::pclive(Mode::Pclive, Tracker::Scan, 2);
         assert_eq!(mover.to_string(), "pclive scan from 2");
         assert_eq!(Mover::mode(Mode::OneShot).to_string(), "one-shot");
     }

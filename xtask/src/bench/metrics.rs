@@ -16,7 +16,28 @@ pub struct Metric {
     pub of: fn(&Run) -> Option<f64>,
 }
 
+/// A tenth of a second.
+const TENTH_US: u64 = 100_000;
 const MIB: f64 = (1 << 20) as f64;
+
+/// How much throughput differs from one tenth of a second to the next when nothing is moved: the distance of what nine
+/// tenths reach and what one tenth does, compared with the median.
+const SPREAD: Metric = Metric {
+    key: "spread_percent",
+    title: "  of it spread, %",
+    of: |run| {
+        let until_us = match run.movement {
+            Some(_) => migration_span_us(&run.load).0,
+            None => run.load.duration_us,
+        };
+        let tenths = (until_us / TENTH_US) as usize;
+        let rates = (0..tenths as u64).map(|at| run.load.rate_between(at * TENTH_US, (at + 1) * TENTH_US));
+        let mut rates: Vec<f64> = rates.collect();
+        rates.sort_by(f64::total_cmp);
+        let at = |part: usize| rates.get(tenths * part / 10).copied();
+        asked(run).then_some(100.0 * (at(9)? - at(1)?) / at(5)?)
+    },
+};
 
 /// The longest time in which clients got no answer.
 pub const GAP: Metric = Metric {
@@ -98,7 +119,7 @@ pub const OTHERS: Metric = Metric {
 };
 
 /// Every metric, in the order of tables.
-pub const ALL: [Metric; 19] = [
+pub const ALL: [Metric; 20] = [
     GAP,
     BLACKOUT,
     Metric { key: "dump_ms", title: "  of it dump, ms", of: |run| part(run, "dump") },
@@ -124,6 +145,7 @@ pub const ALL: [Metric; 19] = [
         title: "answers/s before",
         of: |run| asked(run).then(|| rate_before(&run.load)),
     },
+    SPREAD,
     THROUGHPUT,
     Metric { key: "p50_ms", title: "latency 50 %, ms", of: |run| latency(run, |of| of.p50_us) },
     Metric { key: "p99_ms", title: "latency 99 %, ms", of: |run| latency(run, |of| of.p99_us) },

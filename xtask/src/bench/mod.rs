@@ -85,7 +85,10 @@ fn show(results: &Results, directory: &Directory) -> Result<()> {
     directory.write_tables(results)?;
     let figures = figures::draw(results, directory)?;
     println!("\nin {}: results.json, runs.csv, throughput.csv, usage.csv", directory.path().display());
-    println!("and as SVG and PNG: {}", figures.join(", "));
+    println!("and as SVG and PNG: {}", figures.names.join(", "));
+    for left_out in figures.left_out {
+        println!("left out: {left_out}");
+    }
     Ok(())
 }
 
@@ -106,7 +109,7 @@ fn conclude(results: &Results) -> Result<()> {
 fn warm_up(groups: &[Measured]) -> Result<u64> {
     let needed = groups.iter().flat_map(|group| {
         let cells = group.cells.iter().filter(|cell| cell.obstacle.is_none());
-        cells.map(|cell| memory_mib(&group.setting, cell.mover))
+        cells.map(|cell| memory_mib(&group.setting, &cell.mover))
     });
     let mib = needed.max().unwrap_or_default().min(memory()?.available_mib * 9 / 10);
     eprintln!(
@@ -127,7 +130,7 @@ fn list(options: &Options, groups: &[Measured]) {
                 Some(obstacle) => println!("  {}: not here: {obstacle}", cell.name),
                 None => {
                     println!("  {}", cell.name);
-                    movers.push(cell.mover);
+                    movers.push(cell.mover.clone());
                 }
             }
         }

@@ -47,7 +47,7 @@ impl Machine {
     }
 
     /// Why a mover cannot be measured in a setting; `None` if it can, or if nobody knows before it was tried.
-    pub fn obstacle(&self, setting: &Setting, mover: Mover) -> Option<String> {
+    pub fn obstacle(&self, setting: &Setting, mover: &Mover) -> Option<String> {
         let program = PathBuf::from(setting.workload.program());
         if !(self.has)(&program) {
             return Some(format!("{} is not installed: cargo xtask setup", program.display()));
@@ -59,11 +59,11 @@ impl Machine {
         if setting.open_loop.is_some() && setting.workload == Workload::Idle {
             return Some("nobody asks an idle container anything: there is no open loop".into());
         }
-        let Mover::Pclive { mode, tracker, restore_from } = mover else { return None };
-        if mode == Mode::OneShot && restore_from > 0 {
+        let Mover::Pclive { mode, tracker, restore_from, .. } = mover else { return None };
+        if *mode == Mode::OneShot && *restore_from > 0 {
             return Some("one-shot has no earlier rounds to keep".into());
         }
-        self.tracker(tracker)
+        self.tracker(*tracker)
     }
 
     fn tracker(&self, tracker: Tracker) -> Option<String> {
@@ -74,9 +74,9 @@ impl Machine {
 }
 
 /// What a migration takes of the machine's memory while all copies exist.
-pub fn memory_mib(setting: &Setting, mover: Mover) -> u64 {
+pub fn memory_mib(setting: &Setting, mover: &Mover) -> u64 {
     // CRIU's images are a third one.
-    let copies = if mover == Mover::Criu { 3.0 } else { 2.0 };
+    let copies = if *mover == Mover::Criu { 3.0 } else { 2.0 };
     (setting.data_mib as f64 * MIB_PER_DATA_MIB * copies) as u64 + OTHERS_MIB
 }
 
@@ -90,15 +90,14 @@ mod tests {
         let memory = Memory { total_mib: 8000, available_mib: 6000 };
         let machine = Machine { memory, features: vec![fentry], has: |path| !path.ends_with("memcached") };
         let setting = |workload, mib| Setting::new(workload, mib, 1_000);
-        let mover = |mode, tracker, restore_from| Mover::Pclive { mode, tracker, restore_from };
-        let why = |setting, mover| machine.obstacle(&setting, mover).unwrap_or_default();
-        let default = Mover::mode(Mode::PcliveG);
+        let why = |setting, mover: &Mover| machine.obstacle(&setting, mover).unwrap_or_default();
+        let default = &Mover::mode(Mode::PcliveG);
         assert_eq!(why(setting(Workload::Redis90, 1024), default), "");
         assert!(why(setting(Workload::Redis90, 2048), default).contains("needs 6553 MiB"));
         assert!(why(setting(Workload::Memcached, 128), default).contains("not installed"));
-        let fentry = mover(Mode::PcliveG, Tracker::Fentry, 0);
+        let fentry = &Mover::pclive(Mode::PcliveG, Tracker::Fentry, 0);
         assert_eq!(why(setting(Workload::Redis90, 128), fentry), "tracker fentry: lockdown");
-        let delayed = mover(Mode::OneShot, Tracker::Scan, 2);
+        let delayed = &Mover::pclive(Mode::OneShot, Tracker::Scan, 2);
         assert!(why(setting(Workload::Redis90, 128), delayed).contains("no earlier rounds"));
     }
 }

@@ -71,6 +71,9 @@ struct Selection {
     /// Keep rounds before this one in memory and apply them from then on; 0 is every round at once [default: 0]
     #[arg(long, value_name = "N", value_delimiter = ',')]
     restore_from: Vec<u32>,
+    /// Further options of `pclive migrate`, as one argument; given several times, these are compared ('' is none)
+    #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
+    with: Vec<String>,
     /// What runs in the container and what its clients do [default: redis-90]
     #[arg(long, value_enum, value_delimiter = ',')]
     workload: Vec<Workload>,
@@ -125,7 +128,7 @@ impl Options {
         }
         if let Some(part) = &self.only {
             for group in &mut groups {
-                let names: Vec<_> = group.movers.iter().map(|mover| group.cell_name(*mover)).collect();
+                let names: Vec<_> = group.movers.iter().map(|mover| group.cell_name(mover)).collect();
                 let mut names = names.iter();
                 group.movers.retain(|_| names.next().is_some_and(|name| name.contains(part.as_str())));
             }
@@ -165,6 +168,7 @@ impl Selection {
         self.mode.is_empty()
             && self.tracker.is_empty()
             && self.restore_from.is_empty()
+            && self.with.is_empty()
             && self.workload.is_empty()
             && self.size.is_empty()
             && self.rate.is_empty()
@@ -181,6 +185,7 @@ impl Selection {
             modes: or(&self.mode, Mode::PcliveG),
             trackers: or(&self.tracker, Tracker::Auto),
             restore_from: or(&self.restore_from, 0),
+            further: or(&self.with, String::new()),
         }
     }
 }
@@ -216,7 +221,7 @@ mod tests {
     fn any_cell_can_be_had_alone() {
         let cell = groups(&["--workload", "memcached", "--size", "256", "--rate", "0", "--mode", "pclive"]);
         let names: Vec<_> =
-            cell.iter().flat_map(|group| group.movers.iter().map(|mover| group.cell_name(*mover))).collect();
+            cell.iter().flat_map(|group| group.movers.iter().map(|mover| group.cell_name(mover))).collect();
         assert_eq!(names, ["memcached, 256 MiB, unshaped: pclive"]);
     }
 
@@ -229,6 +234,10 @@ mod tests {
         let one_shot = groups(&["--only", "one-shot"]);
         assert_eq!(one_shot.len(), 1);
         assert_eq!(one_shot[0].movers, [Mover::mode(Mode::OneShot)]);
+        let compared = groups(&["--with", "", "--with", "--max-rounds 3"]);
+        let names: Vec<_> = compared[0].movers.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["pclive-g", "pclive-g --max-rounds 3"]);
+        assert_eq!(compared[0].movers[1].options().last().map(String::as_str), Some("3"));
         assert!(groups(&["--quick", "--mode", "pclive"]).is_empty(), "a preset is no axis");
         assert!(groups(&["--open-loop", "-3"]).is_empty());
     }

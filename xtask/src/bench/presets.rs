@@ -62,9 +62,8 @@ pub fn full() -> Vec<Group> {
 fn every_mover() -> Vec<Mover> {
     let mode = Mode::PcliveG;
     let modes = Mode::ALL.map(Mover::mode).into_iter();
-    let trackers = Tracker::TIERS.map(|tracker| Mover::Pclive { mode, tracker, restore_from: 0 });
-    let delayed =
-        RESTORE_FROM.map(|restore_from| Mover::Pclive { mode, tracker: Tracker::Auto, restore_from });
+    let trackers = Tracker::TIERS.map(|tracker| Mover::pclive(mode, tracker, 0));
+    let delayed = RESTORE_FROM.map(|restore_from| Mover::pclive(mode, Tracker::Auto, restore_from));
     modes.chain(trackers).chain(delayed).collect()
 }
 

@@ -58,13 +58,13 @@ pub struct Run {
 
 impl Measured {
     /// Nothing measured yet; `obstacle` tells why a mover cannot be.
-    pub fn new(group: &Group, obstacle: impl Fn(&Setting, Mover) -> Option<String>) -> Self {
+    pub fn new(group: &Group, obstacle: impl Fn(&Setting, &Mover) -> Option<String>) -> Self {
         let setting = group.setting.clone();
-        let movers = group.movers.iter().copied().chain([Mover::Control]);
+        let movers = group.movers.iter().cloned().chain([Mover::Control]);
         let cells = movers.map(|mover| Cell {
-            mover,
             name: mover.to_string(),
-            obstacle: obstacle(&setting, mover),
+            obstacle: obstacle(&setting, &mover),
+            mover,
             runs: Vec::new(),
             failures: Vec::new(),
         });

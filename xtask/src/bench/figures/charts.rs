@@ -8,7 +8,7 @@ use super::page::{Mark, Page, colour};
 use super::scale::number;
 use super::stacks::{Stack, Stacks};
 use super::timelines::{Panel, Timelines};
-use super::{Figure, Picture};
+use super::{Figure, LeftOut, Picture};
 use crate::bench::goals::goals;
 use crate::bench::matrix::Mover;
 use crate::bench::metrics::{self, Metric};
@@ -29,8 +29,8 @@ const STACKS: &str = "Each bar is the whole time of the median run; the numbers 
 const OVER_TIME: &str = "Each panel is a way to move the container, in its run with the median downtime. The mover is \
                          everything that works for the migration; the container's own processes are counted apart.";
 
-/// Everything that can be drawn of `results`.
-pub fn figures(results: &Results) -> Vec<Figure> {
+/// Everything that can be drawn of `results`, or why it cannot.
+pub fn figures(results: &Results) -> Vec<Result<Figure, LeftOut>> {
     let mut figures = vec![
         dots(
             results,
@@ -70,23 +70,29 @@ pub fn figures(results: &Results) -> Vec<Figure> {
     for group in &results.groups {
         figures.extend(over_time(results, group));
     }
-    figures.into_iter().flatten().collect()
+    figures
 }
 
 /// Medians and ranges of metrics; `suffix` tells them apart in the same mover.
-fn dots(results: &Results, name: &str, title: &str, axis: &str, of: &[(&str, Metric)]) -> Option<Figure> {
+fn dots(
+    results: &Results,
+    name: &str,
+    title: &str,
+    axis: &str,
+    of: &[(&str, Metric)],
+) -> Result<Figure, LeftOut> {
     let mut groups = Vec::new();
     for group in &results.groups {
         let mut rows = Vec::new();
         for (number, cell) in group.cells.iter().enumerate() {
             for (suffix, metric) in of {
                 let values: Vec<_> = cell.runs.iter().filter_map(metric.of).collect();
-                let goals = goals(&group.setting, cell.mover);
+                let goals = goals(&group.setting, &cell.mover);
                 let goal = goals.iter().find(|goal| goal.metric.key == metric.key);
                 let goal = goal.map(|goal| goal.limit.value());
                 if !values.is_empty() {
                     let label = format!("{}{suffix}", cell.name);
-                    rows.push(Row { label, values, goal, colour: mover_colour(cell.mover, number) });
+                    rows.push(Row { label, values, goal, colour: mover_colour(&cell.mover, number) });
                 }
             }
         }
@@ -96,7 +102,10 @@ fn dots(results: &Results, name: &str, title: &str, axis: &str, of: &[(&str, Met
     }
     let dots = Dots { axis: axis.to_owned(), groups };
     let page = page(results, title, DOTS, dots.legend());
-    (!dots.groups.is_empty()).then(|| Figure { name: name.into(), page, picture: Picture::Dots(dots) })
+    if dots.groups.is_empty() {
+        return Err(LeftOut::new(name, of[0].1.title));
+    }
+    Ok(Figure { name: name.into(), page, picture: Picture::Dots(dots) })
 }
 
 /// What the median run of each mover consists of.
@@ -106,7 +115,7 @@ fn stacks(
     title: &str,
     whole: Metric,
     parts: fn(&Movement) -> &Vec<Part>,
-) -> Option<Figure> {
+) -> Result<Figure, LeftOut> {
     let stack = |cell: &Cell| {
         let whole_ms = whole.summary(cell)?;
         let run = median_run(cell, whole.of)?;
@@ -119,11 +128,14 @@ fn stacks(
         .map(|group| (group.name.clone(), group.cells.iter().filter_map(stack).collect::<Vec<_>>()));
     let stacks = Stacks { groups: groups.filter(|(_, stacks)| !stacks.is_empty()).collect() };
     let page = page(results, title, STACKS, stacks.legend());
-    (!stacks.groups.is_empty()).then(|| Figure { name: name.into(), page, picture: Picture::Stacks(stacks) })
+    if stacks.groups.is_empty() {
+        return Err(LeftOut::new(name, whole.title));
+    }
+    Ok(Figure { name: name.into(), page, picture: Picture::Stacks(stacks) })
 }
 
 /// Throughput, CPU use and memory over time in a setting.
-fn over_time(results: &Results, group: &Measured) -> [Option<Figure>; 3] {
+fn over_time(results: &Results, group: &Measured) -> [Result<Figure, LeftOut>; 3] {
     let figure = |name: &str, title: &str, unit: &str, series: &[&str], of: fn(&Run) -> Vec<Curve>| {
         let panels: Vec<_> = group.cells.iter().filter_map(|cell| panel(cell, of)).collect();
         let series = series.iter().map(ToString::to_string).collect();
@@ -131,11 +143,10 @@ fn over_time(results: &Results, group: &Measured) -> [Option<Figure>; 3] {
         let title = format!("{title}: {}", group.name);
         let page = page(results, &title, OVER_TIME, timelines.legend());
         let name = format!("{name}-{}", slug(&group.name));
-        (!timelines.panels.is_empty()).then_some(Figure {
-            name,
-            page,
-            picture: Picture::Timelines(timelines),
-        })
+        if timelines.panels.is_empty() {
+            return Err(LeftOut::new(&name, unit));
+        }
+        Ok(Figure { name, page, picture: Picture::Timelines(timelines) })
     };
     let ends = ["source, mover", "source, container", "destination, mover", "destination, container"];
     [
@@ -153,7 +164,8 @@ fn over_time(results: &Results, group: &Measured) -> [Option<Figure>; 3] {
 
 /// A mover over time. The control is a panel as well: that is what nothing looks like.
 fn panel(cell: &Cell, of: fn(&Run) -> Vec<Curve>) -> Option<Panel> {
-    let shown = median_run(cell, metrics::GAP.of).or_else(|| median_run(cell, metrics::BLACKOUT.of))?;
+    let shown = [metrics::GAP, metrics::BLACKOUT].iter().find_map(|metric| median_run(cell, metric.of));
+    let shown = shown.or(cell.runs.first())?;
     let others = cell.runs.iter().filter(|run| run.turn != shown.turn).map(of).collect();
     let curves = of(shown);
     if curves.iter().all(Vec::is_empty) {
@@ -175,8 +187,8 @@ fn median_run(cell: &Cell, of: fn(&Run) -> Option<f64>) -> Option<&Run> {
     cell.runs.iter().min_by(|left, right| away(left).total_cmp(&away(right)))
 }
 
-fn mover_colour(mover: Mover, number: usize) -> RGBAColor {
-    if mover == Mover::Control { PENCIL.to_rgba() } else { colour(number) }
+fn mover_colour(mover: &Mover, number: usize) -> RGBAColor {
+    if *mover == Mover::Control { PENCIL.to_rgba() } else { colour(number) }
 }
 
 fn page(results: &Results, title: &str, reading: &str, legend: Vec<(Mark, String)>) -> Page {

@@ -10,6 +10,8 @@ mod scale;
 mod stacks;
 mod timelines;
 
+use std::fmt;
+
 use anyhow::Result;
 
 use self::canvas::Canvas;
@@ -34,20 +36,54 @@ enum Picture {
     Timelines(Timelines),
 }
 
-/// Draws everything that there are measurements for. Returns the figures' names.
+/// A figure that there is nothing for.
+pub struct LeftOut {
+    name: String,
+    missing: String,
+}
+
+impl LeftOut {
+    fn new(name: &str, missing: &str) -> Self {
+        Self { name: name.to_owned(), missing: missing.trim().to_owned() }
+    }
+}
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: no measurement has a number for \"{}\"", self.name, self.missing)
+    }
+}
+
+/// What became of the figures.
+pub struct Drawn {
+    /// The names of those that are there.
+    pub names: Vec<String>,
+    /// The others.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// Draws everything that there are measurements for.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn draw(results: &Results, directory: &Directory) -> Result<Vec<String>> {
-    let figures = charts::figures(results);
-    for figure in &figures {
+pub fn draw(results: &Results, directory: &Directory) -> Result<Drawn> {
+    let mut drawn = Drawn { names: Vec::new(), left_out: Vec::new() };
+    for figure in charts::figures(results) {
+        let figure = match figure {
+            Ok(figure) => figure,
+            Err(left_out) => {
+                drawn.left_out.push(left_out);
+                continue;
+            }
+        };
         let size = (WIDTH as u32, figure.page.height(figure.picture.height()) as u32);
         let svg = canvas::svg(size, |canvas| figure.draw(canvas))?;
         directory.write(&format!("{}.svg", figure.name), svg.as_bytes())?;
         let png = canvas::png(size, |canvas| figure.draw(canvas))?;
         directory.write(&format!("{}.png", figure.name), &png)?;
+        drawn.names.push(figure.name);
     }
-    Ok(figures.into_iter().map(|figure| figure.name).collect())
+    Ok(drawn)
 }
 
 impl Figure {
