@@ -22,11 +22,14 @@ pub fn throughput(run: &Run) -> Vec<Curve> {
     if run.load.reads + run.load.writes == 0 {
         return vec![Vec::new()];
     }
-    let points = run.load.throughput_10ms.chunks(INTERVALS).enumerate().map(|(number, answers)| {
-        let at_us = (number * INTERVALS + answers.len() / 2) as u64 * INTERVAL_US;
-        let seconds = (answers.len() as u64 * INTERVAL_US) as f64 / 1e6;
-        (since_start_s(&run.load, at_us), f64::from(answers.iter().sum::<u32>()) / seconds / 1e3)
-    });
+    // The last interval ends before its time: the load ends in it.
+    let whole = run.load.throughput_10ms.len().saturating_sub(1);
+    let seconds = (INTERVALS as u64 * INTERVAL_US) as f64 / 1e6;
+    let points =
+        run.load.throughput_10ms[..whole].chunks_exact(INTERVALS).enumerate().map(|(number, answers)| {
+            let at_us = (number * INTERVALS + INTERVALS / 2) as u64 * INTERVAL_US;
+            (since_start_s(&run.load, at_us), f64::from(answers.iter().sum::<u32>()) / seconds / 1e3)
+        });
     vec![points.collect()]
 }
 

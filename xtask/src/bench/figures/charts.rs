@@ -204,6 +204,7 @@ fn origin(results: &Results) -> Vec<String> {
     let counts = cells.map(|cell| cell.runs.len()).filter(|count| *count > 0);
     let runs = match (counts.clone().min(), counts.max()) {
         (Some(fewest), Some(most)) if fewest != most => format!("{fewest} to {most} runs"),
+        (_, Some(1)) => "1 run".to_owned(),
         (_, most) => format!("{} runs", most.unwrap_or_default()),
     };
     let Provenance { command, revision, kernel, cpu, cpus, memory_mib, warmed_up_mib, .. } =
