@@ -74,16 +74,16 @@ pub fn bench(options: &Options) -> Result<()> {
     conclude(&results)
 }
 
-/// Shows results in every way.
+/// Shows results in every way. Files come first: whoever reads the text may have left.
 fn show(results: &Results, directory: &Directory) -> Result<()> {
+    directory.write_tables(results)?;
+    let figures = figures::draw(results, directory)?;
     for group in &results.groups {
         print!("{}", table::draw(group));
     }
     if let Some(verdict) = goals::restore_growth(&results.groups) {
         println!("\ngoal: {verdict}");
     }
-    directory.write_tables(results)?;
-    let figures = figures::draw(results, directory)?;
     println!("\nin {}: results.json, runs.csv, throughput.csv, usage.csv", directory.path().display());
     println!("and as SVG and PNG: {}", figures.names.join(", "));
     for left_out in figures.left_out {

@@ -7,7 +7,7 @@ use super::statistics::Summary;
 
 /// The widest name of a metric.
 const NAME: usize = 27;
-/// A column.
+/// The narrowest column.
 const COLUMN: usize = 24;
 /// Others that take more of a CPU than this are worth a word.
 const DISTURBED_PERCENT: f64 = 20.0;
@@ -51,9 +51,11 @@ fn disturbances(cell: &Cell) -> String {
 }
 
 fn table(cells: &[&Cell]) -> String {
+    let names = cells.iter().map(|cell| cell.name.chars().count() + 2);
+    let column = names.max().unwrap_or_default().max(COLUMN);
     let mut text = format!("  {:NAME$}", "");
     for cell in cells {
-        text += &format!("{:>COLUMN$}", cell.name);
+        text += &format!("{:>column$}", cell.name);
     }
     text.push('\n');
     for metric in metrics::ALL {
@@ -63,11 +65,11 @@ fn table(cells: &[&Cell]) -> String {
         }
         text += &format!("  {:NAME$}", metric.title);
         for summary in summaries {
-            text += &format!("{:>COLUMN$}", summary.map_or_else(|| "–".into(), in_short));
+            text += &format!("{:>column$}", summary.map_or_else(|| "–".into(), in_short));
         }
         text.push('\n');
     }
-    let runs = cells.iter().map(|cell| format!("{:>COLUMN$}", cell.runs.len())).collect::<String>();
+    let runs = cells.iter().map(|cell| format!("{:>column$}", cell.runs.len())).collect::<String>();
     text + &format!("  {:NAME$}{runs}\n", "runs")
 }
 

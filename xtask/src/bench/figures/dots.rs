@@ -5,11 +5,10 @@ use plotters::style::text_anchor::HPos;
 use plotters::style::{Color, RGBAColor};
 
 use super::canvas::{Canvas, GRID, INK, Lettering, PENCIL};
-use super::page::{MARGIN, Mark, WIDTH};
+use super::page::{MARGIN, Mark, WIDTH, label_width};
 use super::scale::{Scale, number};
 use crate::bench::statistics::Summary;
 
-const LABELS: i32 = 240;
 const VALUES: i32 = 190;
 const ROW: i32 = 28;
 const HEADING: i32 = 38;
@@ -63,7 +62,8 @@ impl Dots {
     /// Draws it from line `top` on.
     pub fn draw(&self, canvas: &dyn Canvas, top: i32) -> Result<()> {
         let values = self.rows().flat_map(|row| row.values.iter().copied().chain(row.goal));
-        let scale = Scale::for_values(values, (MARGIN + LABELS, WIDTH - MARGIN - VALUES));
+        let labels = label_width(self.rows().map(|row| row.label.as_str()));
+        let scale = Scale::for_values(values, (MARGIN + labels, WIDTH - MARGIN - VALUES));
         let bottom = top + self.height() - AXIS;
         draw_axis(canvas, &scale, &self.axis, (top + HEADING / 2, bottom))?;
         let mut y = top;

@@ -128,6 +128,12 @@ impl Page {
     }
 }
 
+/// How wide the column of these names is.
+pub fn label_width<'a>(labels: impl Iterator<Item = &'a str>) -> i32 {
+    const NARROWEST: i32 = 220;
+    labels.map(|label| Lettering::PLAIN.width(label) + 40).fold(NARROWEST, i32::max)
+}
+
 /// The colour of series number `number`.
 pub fn colour(number: usize) -> RGBAColor {
     COLOURS[number % COLOURS.len()].to_rgba()

@@ -4,13 +4,12 @@ use anyhow::Result;
 use plotters::style::WHITE;
 use plotters::style::text_anchor::HPos;
 
-use super::canvas::{Canvas, Lettering};
-use super::page::{MARGIN, Mark, WIDTH, colour};
+use super::canvas::{Canvas, Lettering, Point};
+use super::page::{MARGIN, Mark, WIDTH, colour, label_width};
 use super::scale::number;
 use crate::bench::movement::Part;
 use crate::bench::statistics::Summary;
 
-const LABELS: i32 = 240;
 const VALUES: i32 = 230;
 const ROW: i32 = 34;
 const HEADING: i32 = 38;
@@ -48,13 +47,15 @@ impl Stacks {
     /// Draws it from line `top` on.
     pub fn draw(&self, canvas: &dyn Canvas, top: i32) -> Result<()> {
         let names = self.names();
+        let labels = self.groups.iter().flat_map(|(_, stacks)| stacks).map(|stack| stack.label.as_str());
+        let left = MARGIN + label_width(labels);
         let mut y = top;
         for (heading, stacks) in &self.groups {
             let bold = Lettering { bold: true, ..Lettering::PLAIN };
             canvas.text((MARGIN, y + HEADING / 2), heading, bold)?;
             y += HEADING;
             for stack in stacks {
-                stack.draw(canvas, &names, y + ROW / 2)?;
+                stack.draw(canvas, &names, (left, y + ROW / 2))?;
                 y += ROW;
             }
         }
@@ -75,10 +76,10 @@ impl Stacks {
 }
 
 impl Stack {
-    fn draw(&self, canvas: &dyn Canvas, names: &[&str], y: i32) -> Result<()> {
+    fn draw(&self, canvas: &dyn Canvas, names: &[&str], (left, y): Point) -> Result<()> {
         canvas.text((MARGIN + 12, y), &self.label, Lettering::PLAIN)?;
         let all_us = self.parts.iter().map(|part| part.us).sum::<u64>().max(1);
-        let (left, right) = (MARGIN + LABELS, WIDTH - MARGIN - VALUES);
+        let right = WIDTH - MARGIN - VALUES;
         let at = |us: u64| left + (i64::from(right - left) * us as i64 / all_us as i64) as i32;
         let mut until_us = 0;
         for part in &self.parts {
