@@ -49,6 +49,11 @@ pub fn set_scheduling(tid: HostPid, scheduling: &Scheduling) -> nix::Result<()> 
     // SAFETY: `attributes` says its own size and is only read.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, tid.0, &raw const attributes, 0) };
     Errno::result(result)?;
+    if scheduling.policy == libc::SCHED_IDLE {
+        // sched_setattr takes the nice value with SCHED_OTHER and SCHED_BATCH only (`__setscheduler_params`).
+        // SAFETY: setpriority takes three integers.
+        Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, tid.0 as u32, scheduling.nice) })?;
+    }
     if scheduling.cpus.is_empty() {
         return Ok(());
     }
@@ -67,5 +72,24 @@ fn sched_attr() -> libc::sched_attr {
         sched_runtime: 0,
         sched_deadline: 0,
         sched_period: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_policy_keeps_its_nice_value() {
+        for policy in [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE] {
+            let set = move || {
+                // SAFETY: gettid takes nothing.
+                let tid = HostPid(unsafe { libc::gettid() });
+                let wanted = Scheduling { policy, priority: 0, nice: 5, cpus: Vec::new() };
+                set_scheduling(tid, &wanted).unwrap();
+                assert_eq!(scheduling(tid).unwrap(), wanted);
+            };
+            std::thread::spawn(set).join().unwrap();
+        }
     }
 }
