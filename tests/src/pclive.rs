@@ -86,6 +86,15 @@ impl Serve {
         Ok(())
     }
 
+    /// Migrations of `container` to `host` that have begun and not ended, from the log there.
+    pub fn unfinished(host: &Host, container: &str) -> Vec<String> {
+        let log = host.log("serve");
+        let about = |line: &&str| line.strip_prefix(container).is_some_and(|rest| rest.starts_with(": "));
+        let (begun, others): (Vec<_>, Vec<_>) =
+            log.lines().filter(about).map(str::to_owned).partition(|line| line.ends_with("migration begins"));
+        begun.into_iter().skip(others.len()).collect()
+    }
+
     /// Whether it still runs.
     ///
     /// # Errors

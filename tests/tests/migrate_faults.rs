@@ -1,61 +1,240 @@
-//! A migration that is cut short, at whatever moment: the container runs at one host, untouched, and never at both.
+//! A migration that is cut short, at whatever moment: the container lives on one host and never on both, and where it
+//! stayed it can be moved as if nothing had been.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use pclive_tests::lab::{BitRate, Host, Lab};
+use pclive_tests::lab::{BitRate, Lab, run};
 use pclive_tests::pclive::{Migrate, Outcome, Serve, exit};
 use pclive_tests::workloads::running::Contained;
-use std::time::Duration;
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
-fn runs_at(host: &Host, name: &str) -> Result<bool> {
-    Ok(host.state(name)?.is_some_and(|state| state.status == "running"))
+/// How long what must happen by itself may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// When a migration is cut short.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    /// So many milliseconds after its start.
+    Start(u64),
+    /// So many after the container's link went down: in the blackout.
+    LinkDown(u64),
+    /// As soon as the destination has recorded the commit.
+    Commit,
 }
 
-/// Moves the tree and cuts that short after a time; says where it is. Whether it got away before is a matter of time.
-fn cut_short(fault: impl Fn(&Migrate, &mut Serve) -> Result<()>, after: Duration) -> Result<Option<i32>> {
-    let mut lab = Lab::new(Some(BitRate::GIGABIT))?;
-    let mut tree = Contained::start(&mut lab, "tree", &["tree"])?;
-    let name = tree.container.name.clone();
-    let mut serve = Serve::start(&lab, lab.destination())?;
-    let migrate = Migrate::start(&lab, lab.source(), &name, serve.address(), &[])?;
-    std::thread::sleep(after);
-    fault(&migrate, &mut serve)?;
-    let Outcome { code, output, .. } = migrate.wait()?;
-    println!("after {after:?}: exit code {code:?}: {}", output.lines().last().unwrap_or_default());
-    let at = [runs_at(lab.source(), &name)?, runs_at(lab.destination(), &name)?];
-    match code {
-        Some(exit::MOVED) => assert_eq!(at, [false, true], "{output}"),
-        Some(exit::STAYED) => {
-            assert!(at[0], "{output}");
-            // Nothing was touched, so nothing differs.
-            tree.check(&lab)?;
-            if serve.is_running()? {
-                ensure!(!at[1], "the destination is not clean: {}", lab.destination().log("serve"));
-                assert_eq!(lab.traces(lab.destination(), &name)?, Vec::<String>::new());
-            }
-        }
-        Some(exit::UNKNOWN) => ensure!(!(at[0] && at[1]), "it runs at both hosts"),
-        other => panic!("exit code {other:?}: {output}"),
+use Moment::{Commit, LinkDown, Start};
+
+/// A process tree on one host, and a destination for it.
+struct Case {
+    // Dropped before the lab that it uses.
+    serve: Serve,
+    tree: Contained,
+    name: String,
+    lab: Lab,
+}
+
+impl Case {
+    fn new() -> Result<Self> {
+        let mut lab = Lab::new(Some(BitRate::GIGABIT))?;
+        let tree = Contained::start(&mut lab, "tree", &["tree"])?;
+        let serve = Serve::start(&lab, lab.destination())?;
+        Ok(Self { name: tree.container.name.clone(), serve, tree, lab })
     }
-    Ok(code)
+
+    /// Starts a migration, and does `fault` at that moment.
+    fn cut_short(
+        &mut self,
+        moment: Moment,
+        fault: impl Fn(&Migrate, &mut Serve) -> Result<()>,
+    ) -> Result<Outcome> {
+        let migrate = Migrate::start(&self.lab, self.lab.source(), &self.name, self.serve.address(), &[])?;
+        self.wait_for(moment)?;
+        fault(&migrate, &mut self.serve)?;
+        let outcome = migrate.wait()?;
+        println!("{moment:?}: {:?}: {}", outcome.code, outcome.output.lines().last().unwrap_or_default());
+        Ok(outcome)
+    }
+
+    fn wait_for(&self, moment: Moment) -> Result<()> {
+        let delay = match moment {
+            Start(delay) => delay,
+            LinkDown(delay) => {
+                let routes = || fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
+                let netns = self.lab.source().container_netns(&self.name);
+                netns.enter(|| poll(|| !routes().contains("eth0")))??;
+                delay
+            }
+            Commit => {
+                let is_unfinished = || self.lab.destination().is_unfinished(&self.name);
+                poll(is_unfinished)?;
+                poll(|| !is_unfinished())?;
+                0
+            }
+        };
+        sleep(Duration::from_millis(delay));
+        Ok(())
+    }
+
+    /// At which hosts the container lives: source, destination.
+    fn lives(&self) -> Result<[bool; 2]> {
+        let Self { lab, name, .. } = self;
+        Ok([lab.is_alive(lab.source(), name)?, lab.is_alive(lab.destination(), name)?])
+    }
+
+    /// Checks that the container lives where an outcome says, and nowhere else; whether that is the source.
+    fn stayed(&mut self, outcome: &Outcome) -> Result<bool> {
+        let [source, destination] = self.lives()?;
+        let output = &outcome.output;
+        ensure!(!(source && destination), "it lives at both: {output}");
+        match outcome.code {
+            Some(exit::MOVED) => ensure!(destination, "it does not live at the destination: {output}"),
+            Some(exit::STAYED) => ensure!(source, "it does not live at the source: {output}"),
+            Some(exit::UNKNOWN) => {
+                ensure!(!source, "an unknown outcome, and it lives at the source: {output}")
+            }
+            None => {}
+            code => panic!("exit code {code:?}: {output}"),
+        }
+        // Nothing was touched, or everything came along.
+        if source || destination {
+            self.tree.check(&self.lab).with_context(|| output.clone())?;
+        }
+        Ok(source)
+    }
+
+    /// Moves it, from the source and to a clean destination.
+    fn move_on(&mut self) -> Result<()> {
+        let Self { lab, name, tree, serve } = self;
+        poll_none(|| Ok(Serve::unfinished(lab.destination(), name)))?;
+        poll_none(|| lab.traces(lab.destination(), name))?;
+        tree.migrate(lab, lab.source(), serve, &[])?;
+        tree.check(lab)?;
+        assert_eq!(lab.traces(lab.source(), name)?, [""; 0]);
+        Ok(())
+    }
+}
+
+fn poll(is_so: impl Fn() -> bool) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        ensure!(Instant::now() < end, "what was waited for did not happen");
+        sleep(Duration::from_micros(50));
+    }
+    Ok(())
+}
+
+fn poll_none(look: impl Fn() -> Result<Vec<String>>) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let found = look()?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "there is still {found:?}");
+        sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
 fn a_cancelled_migration_leaves_the_container_where_it_was() -> Result<()> {
     let cancel = |migrate: &Migrate, _: &mut Serve| migrate.signal(Signal::SIGINT).or(Ok(()));
-    let mut cancelled = 0;
-    for after in [20, 150, 300, 450, 600, 800, 1000, 1300] {
-        cancelled += u32::from(cut_short(cancel, Duration::from_millis(after))? == Some(exit::STAYED));
+    let mut stayed = 0;
+    for moment in [10, 30, 50, 70, 90, 110].map(Start).into_iter().chain([0, 2, 5].map(LinkDown)) {
+        let mut case = Case::new()?;
+        let outcome = case.cut_short(moment, cancel)?;
+        if case.stayed(&outcome)? {
+            assert_eq!(outcome.code, Some(exit::STAYED), "{}", outcome.output);
+            stayed += 1;
+            // The destination is clean before the source says so.
+            assert_eq!(case.lab.traces(case.lab.destination(), &case.name)?, [""; 0]);
+            case.move_on()?;
+        }
     }
-    assert!(cancelled > 0, "every migration was faster");
+    assert!(stayed > 0, "every migration was faster");
+    Ok(())
+}
+
+#[test]
+fn a_killed_migration_leaves_the_container_where_it_was() -> Result<()> {
+    let kill = |migrate: &Migrate, _: &mut Serve| migrate.signal(Signal::SIGKILL).or(Ok(()));
+    let mut stayed = 0;
+    let early = [5, 20, 35, 50, 65, 80, 100].map(Start);
+    let late = [0, 1, 2, 3, 5, 8, 15].map(LinkDown);
+    for moment in early.into_iter().chain(late) {
+        let mut case = Case::new()?;
+        let outcome = case.cut_short(moment, kill)?;
+        if case.stayed(&outcome)? {
+            stayed += 1;
+            case.move_on()?;
+        } else {
+            // It was committed: then it comes to life at the destination, and only there.
+            poll(|| case.lives().is_ok_and(|lives| lives == [false, true]))?;
+            case.tree.check(&case.lab)?;
+        }
+    }
+    assert!(stayed > 5, "of 14 migrations {stayed} were killed in time");
     Ok(())
 }
 
 #[test]
 fn a_destination_that_dies_leaves_the_container_where_it_was() -> Result<()> {
     let kill = |_: &Migrate, serve: &mut Serve| serve.kill();
-    for after in [100, 300, 500, 700, 900, 1200] {
-        cut_short(kill, Duration::from_millis(after))?;
+    let mut stayed = 0;
+    let early = [5, 20, 35, 50, 65, 80, 100].map(Start);
+    let late = [0, 1, 2, 3, 5, 8, 15].map(LinkDown);
+    for moment in early.into_iter().chain(late) {
+        let mut case = Case::new()?;
+        let outcome = case.cut_short(moment, kill)?;
+        if case.stayed(&outcome)? {
+            stayed += 1;
+            case.serve = Serve::start(&case.lab, case.lab.destination())?;
+            case.move_on()?;
+        }
     }
+    assert!(stayed > 5, "of 14 destinations {stayed} were killed in time");
     Ok(())
+}
+
+#[test]
+fn a_destination_that_dies_behind_the_commit_leaves_the_decision_to_the_operator() -> Result<()> {
+    // It runs a few milliseconds after the commit: often enough it is killed before.
+    for _attempt in 0..8 {
+        let mut case = Case::new()?;
+        let outcome = case.cut_short(Commit, |_, serve| serve.kill())?;
+        assert!(!case.stayed(&outcome)?);
+        if outcome.code == Some(exit::UNKNOWN) && decide(&mut case)? {
+            return Ok(());
+        }
+    }
+    panic!("every destination was faster");
+}
+
+/// Finds out where a container is that may be at either host, as an operator would, and has it go on there. Whether that
+/// is the source.
+fn decide(case: &mut Case) -> Result<bool> {
+    // Dead or alive, what is at the destination is not removed by a later pclive, and the frozen copy is not moved.
+    let found = case.lab.destination().state(&case.name)?.context("it is there")?;
+    case.serve = Serve::start(&case.lab, case.lab.destination())?;
+    let again =
+        Migrate::start(&case.lab, case.lab.source(), &case.name, case.serve.address(), &[])?.wait()?;
+    assert_eq!(again.code, Some(exit::OBSTACLES), "{}", again.output);
+    let Case { lab, name, tree, .. } = case;
+    let still = lab.destination().state(name)?.context("it is still there")?;
+    assert_eq!((found.pid, &found.status), (still.pid, &still.status));
+
+    let at_destination = still.status == "running";
+    if at_destination {
+        run(&mut lab.source().runc(["delete", "--force", name]))?;
+        assert_eq!(lab.traces(lab.source(), name)?, [""; 0]);
+    } else {
+        run(&mut lab.destination().runc(["delete", name]))?;
+        lab.thaw(lab.source(), name)?;
+    }
+    tree.check(lab)?;
+    if !at_destination {
+        case.move_on()?;
+    }
+    Ok(!at_destination)
 }

@@ -35,6 +35,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode> {
     anyhow::ensure!(args.bundles.is_dir(), "{} is not a directory", args.bundles.display());
     let runtime = runtime::open(&args.runtime.runtime, args.runtime.root.as_deref())?;
     let destination = Destination::new(runtime, &args.bundles);
+    destination.clear_leftovers();
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
     tokio.block_on(async {
         let listener = Listener::bind(args.listen).await?;

@@ -284,6 +284,12 @@ impl Parked {
         Ok(())
     }
 
+    /// Has it live on if pclive dies, where it would die, too. A process with several threads dies with any of them.
+    pub fn outlive_tracer(&self) -> Result<(), ParkedError> {
+        let threads = self.threads.values().chain([&self.leader]);
+        Ok(threads.into_iter().try_for_each(Tracee::outlive_tracer)?)
+    }
+
     /// Lets all its threads run.
     pub fn release(self) -> Result<(), ParkedError> {
         for (_, thread) in self.threads {

@@ -148,7 +148,14 @@ impl Skeleton {
     }
 
     /// Lets every thread run. From here on the container is alive.
+    ///
+    /// Should pclive be killed meanwhile, either all of it lives or nothing: until the last thread of the container's PID 1
+    /// is allowed to outlive pclive, PID 1 dies, and takes all others with it (`zap_pid_ns_processes` in
+    /// kernel/pid_namespace.c); afterwards the kernel detaches, and lets run, whatever is not yet detached.
     pub fn release(self) -> Result<(), SkeletonError> {
+        for (pid, process) in self.processes.iter().rev() {
+            within(*pid, process.outlive_tracer())?;
+        }
         for (pid, process) in self.processes {
             within(pid, process.release())?;
         }

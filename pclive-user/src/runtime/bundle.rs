@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 /// Longest container name: a name is a directory's name too (`NAME_MAX`), and runtimes add suffixes to it.
 const MAX_ID: usize = 128;
 
+/// Annotation that a sandbox has until the migration is committed.
+pub(super) const UNFINISHED: &str = "io.pclive.unfinished";
+
 /// A container's name, which a runtime accepts and which is safe as a file name and as a command-line argument.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ContainerId(String);
@@ -180,6 +183,10 @@ impl Bundle {
         if let Some(linux) = config["linux"].as_object_mut() {
             linux.remove("seccomp");
         }
+        match config["annotations"].as_object_mut() {
+            Some(annotations) => _ = annotations.insert(UNFINISHED.into(), json!("true")),
+            None => config["annotations"] = json!({ UNFINISHED: "true" }),
+        }
         config.to_string().into_bytes()
     }
 }
@@ -191,7 +198,9 @@ fn unsuitable(config: &Value) -> Option<&'static str> {
     let is_new = |kind| {
         namespace(kind).is_some_and(|namespace| namespace["path"].as_str().unwrap_or_default().is_empty())
     };
-    if !config["root"]["path"].is_string() {
+    if !config["annotations"][UNFINISHED].is_null() {
+        Some("the annotation io.pclive.unfinished is pclive's own: a container with it would be removed")
+    } else if !config["root"]["path"].is_string() {
         Some("root.path is missing: it must lead to the container's root file system")
     } else if !config["process"].is_object() {
         Some("process is missing: `exec` needs it later")
@@ -336,6 +345,14 @@ mod tests {
     }
 
     #[test]
+    fn a_bundle_that_would_make_every_container_a_leftover_is_refused() {
+        let mut config = minimal();
+        config["annotations"] = json!({ "org.example": "kept", UNFINISHED: "false" });
+        let error = bundle_with(&config).1.unwrap_err();
+        assert!(error.to_string().contains(UNFINISHED), "{error}");
+    }
+
+    #[test]
     fn a_configuration_without_its_own_namespaces_is_refused() {
         for (kind, path) in
             [("pid", None), ("pid", Some("/proc/1/ns/pid")), ("mount", None), ("network", None)]
@@ -361,6 +378,7 @@ mod tests {
         let mut expected = minimal();
         expected["linux"].as_object_mut().unwrap().remove("seccomp");
         assert_eq!((&config["root"], &config["linux"]), (&expected["root"], &expected["linux"]));
+        assert_eq!(config["annotations"], json!({ "io.pclive.unfinished": "true" }));
         let process = config["process"].as_object().unwrap();
         assert_eq!(process["args"], json!(["/proc/self/fd/3"]));
         assert_eq!(process["oomScoreAdj"], 100);

@@ -42,6 +42,19 @@ pub struct ContainerState {
     pub bundle: PathBuf,
     /// Absolute path of the root file system on the host.
     pub rootfs: PathBuf,
+    /// Whether it is a sandbox that pclive has made and not finished; see [`Runtime::finish_sandbox`].
+    pub unfinished: bool,
+}
+
+/// Whether a runtime has room for the container of a bundle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// It has no container of that name.
+    Free,
+    /// It had an unfinished sandbox that was made from this bundle; that is gone now.
+    Cleared,
+    /// It has another container of that name.
+    Taken,
 }
 
 /// Where a container is in its life.
@@ -82,12 +95,21 @@ pub trait Runtime: fmt::Debug + Send + Sync {
     /// `init` is a static executable in a memfd; it finds itself as descriptor 3 and `stdio` as 0, 1 and 2. It runs as
     /// root with every capability that pclive has and without seccomp, AppArmor or SELinux confinement. What later
     /// commands of the runtime (`exec`) give their processes stays what the bundle says. On failure nothing is left.
+    ///
+    /// It is marked as unfinished in the runtime's own record, from the moment when that exists.
     fn create_sandbox(
         &self,
         bundle: &Bundle,
         init: BorrowedFd<'_>,
         stdio: [BorrowedFd<'_>; 3],
     ) -> Result<SandboxProcess, RuntimeError>;
+
+    /// Makes a sandbox a container like any other, by removing that mark: at once, and for good. It takes microseconds.
+    fn finish_sandbox(&self, id: &ContainerId) -> Result<(), RuntimeError>;
+
+    /// Removes the sandbox that was made from `bundle` and is not finished, if there is one. Any other container of that
+    /// name stays as it is. Because the bundle is locked, nobody else could finish that sandbox.
+    fn make_room(&self, bundle: &Bundle) -> Result<Room, RuntimeError>;
 
     /// Sends a signal to the container's PID 1.
     fn kill(&self, id: &ContainerId, signal: Signal) -> Result<(), RuntimeError>;

@@ -1,9 +1,11 @@
 //! The command line that OCI runtimes share.
 
+use super::bundle::UNFINISHED;
 use super::command::{HandedOn, describe, run};
-use super::{AnswerError, Bundle, ContainerId, ContainerState, RuntimeError, Status};
+use super::{AnswerError, Bundle, ContainerId, ContainerState, Room, RuntimeError, Status};
 use nix::sys::signal::Signal;
 use pclive_wire::HostPid;
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -35,6 +37,18 @@ impl CommandLine {
     /// `start ID`.
     pub fn start(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         self.run(&["start", id.as_str()])
+    }
+
+    /// As [`Runtime::make_room`](super::Runtime::make_room).
+    pub fn make_room(&self, bundle: &Bundle) -> Result<Room, RuntimeError> {
+        match self.state(bundle.id()) {
+            Ok(state) if state.unfinished && state.bundle == bundle.path() => {
+                self.delete(bundle.id()).map(|()| Room::Cleared)
+            }
+            Ok(_) => Ok(Room::Taken),
+            Err(RuntimeError::NotFound { .. }) => Ok(Room::Free),
+            Err(error) => Err(error),
+        }
     }
 
     /// `kill ID SIGNAL`.
@@ -83,6 +97,8 @@ fn parse_state(id: &ContainerId, answer: &[u8]) -> Result<ContainerState, Answer
         bundle: PathBuf,
         /// Not in the specification, but in the answers of runc and crun.
         rootfs: PathBuf,
+        #[serde(default)]
+        annotations: HashMap<String, String>,
     }
     let answer: Answer = serde_json::from_slice(answer)?;
     if answer.id != id.as_str() {
@@ -94,6 +110,7 @@ fn parse_state(id: &ContainerId, answer: &[u8]) -> Result<ContainerState, Answer
         init: (answer.pid > 0).then_some(HostPid(answer.pid)),
         rootfs: answer.bundle.join(answer.rootfs),
         bundle: answer.bundle,
+        unfinished: answer.annotations.contains_key(UNFINISHED),
     })
 }
 
@@ -109,6 +126,10 @@ mod tests {
         let state = parse_state(&id, text.as_bytes()).unwrap();
         assert_eq!((state.status, state.init), (Status::Running, Some(HostPid(14132))));
         assert_eq!((state.bundle, state.rootfs), ("/b/n".into(), "/b/n/rootfs".into()));
+        assert!(!state.unfinished);
+        let annotated =
+            text.replace("\"owner\"", "\"annotations\": { \"io.pclive.unfinished\": \"true\" }, \"owner\"");
+        assert!(parse_state(&id, annotated.as_bytes()).unwrap().unfinished);
         let stopped = text.replace("14132", "0").replace("running", "stopped");
         assert_eq!(parse_state(&id, stopped.as_bytes()).unwrap().init, None);
         for wrong in ["", "{}", &text.replace("\"n\"", "\"m\""), &text.replace("running", "flying")] {

@@ -5,10 +5,15 @@
 //! noNewPrivileges, AppArmor profile) and the rest from that record: `getProcess` in exec.go, `newInitConfig` in
 //! libcontainer/container_linux.go. A sandbox was created without confinement, and a process that `exec` adds must not
 //! inherit that: so the record is corrected to what it would be had the container been created from its bundle.
+//!
+//! Annotations are in that record too, as labels, and `runc state` shows them. So the mark of an unfinished sandbox comes
+//! into being and goes together with what it marks, also when the host is restarted. The record without the mark waits
+//! beside it; to finish the sandbox is to put the one into the other's place, by `rename(2)`.
 
+use super::bundle::UNFINISHED;
 use super::oci::CommandLine;
 use super::sandbox::{self, SandboxProcess};
-use super::{AnswerError, Bundle, ContainerId, ContainerState, Runtime, RuntimeError};
+use super::{AnswerError, Bundle, ContainerId, ContainerState, Room, Runtime, RuntimeError};
 use nix::sys::signal::Signal;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -26,27 +31,52 @@ impl Runc {
         Self(CommandLine { program: program.to_path_buf(), root })
     }
 
-    /// Replaces the record of the sandbox's configuration by that of the bundle's.
+    fn record(&self, id: &ContainerId) -> PathBuf {
+        self.0.directory_of(id).join("state.json")
+    }
+
+    /// The record as it will be when the sandbox is finished. runc takes no notice of it, and deletes it with the rest.
+    fn finished_record(&self, id: &ContainerId) -> PathBuf {
+        self.0.directory_of(id).join("pclive-finished.json")
+    }
+
+    /// Replaces the record of the sandbox's configuration by that of the bundle's, and prepares the one without the mark.
     fn correct_record(&self, bundle: &Bundle) -> Result<(), RuntimeError> {
-        let path = self.0.directory_of(bundle.id()).join("state.json");
-        let failed = |call| {
-            let path = path.clone();
-            move |source| RuntimeError::Record { call, path, source }
-        };
-        let text = std::fs::read(&path).map_err(failed("read"))?;
+        let path = self.record(bundle.id());
+        let text = std::fs::read(&path).map_err(record_error("read", &path))?;
         let mut record: Value = serde_json::from_slice(&text).map_err(|source| RuntimeError::Answer {
             command: path.display().to_string(),
             source: AnswerError::Json(source),
         })?;
         correct(&mut record["config"], bundle.config())
             .map_err(|problem| RuntimeError::Seccomp { bundle: bundle.path().to_path_buf(), problem })?;
-        // runc itself replaces the file in the same way; a temporary file has the mode 0600 that runc gives it.
-        let directory = path.parent().unwrap_or(Path::new("/"));
-        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed("make a file beside"))?;
-        file.write_all(record.to_string().as_bytes()).map_err(failed("write a new version of"))?;
-        file.persist(&path).map_err(|error| failed("replace")(error.error))?;
-        Ok(())
+        replace(&path, &record)?;
+        if let Some(labels) = record["config"]["labels"].as_array_mut() {
+            labels.retain(|label| !label.as_str().is_some_and(is_mark));
+        }
+        replace(&self.finished_record(bundle.id()), &record)
     }
+}
+
+/// Whether a label in runc's record is the annotation of an unfinished sandbox.
+fn is_mark(label: &str) -> bool {
+    label.strip_prefix(UNFINISHED).is_some_and(|rest| rest.starts_with('='))
+}
+
+/// Writes a record such that nobody ever sees a part of it, as runc itself does; a temporary file has the mode 0600 that
+/// runc gives it.
+fn replace(path: &Path, record: &Value) -> Result<(), RuntimeError> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let mut file =
+        tempfile::NamedTempFile::new_in(directory).map_err(record_error("make a file beside", path))?;
+    file.write_all(record.to_string().as_bytes()).map_err(record_error("write a new version of", path))?;
+    file.persist(path).map_err(|error| record_error("replace", path)(error.error))?;
+    Ok(())
+}
+
+fn record_error(call: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> RuntimeError {
+    let path = path.to_path_buf();
+    move |source| RuntimeError::Record { call, path, source }
 }
 
 impl Runtime for Runc {
@@ -61,6 +91,15 @@ impl Runtime for Runc {
         stdio: [BorrowedFd<'_>; 3],
     ) -> Result<SandboxProcess, RuntimeError> {
         sandbox::create(&self.0, bundle, init, stdio, || self.correct_record(bundle))
+    }
+
+    fn finish_sandbox(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let path = self.record(id);
+        std::fs::rename(self.finished_record(id), &path).map_err(record_error("replace", &path))
+    }
+
+    fn make_room(&self, bundle: &Bundle) -> Result<Room, RuntimeError> {
+        self.0.make_room(bundle)
     }
 
     fn kill(&self, id: &ContainerId, signal: Signal) -> Result<(), RuntimeError> {

@@ -41,7 +41,6 @@ pub(super) fn create(
         Err(RuntimeError::NotFound { .. }) => (),
         Err(error) => return Err(error),
     }
-    // From here on a container of this name is our own: the bundle is locked, and it was not there before.
     let made = with_file_covered(&bundle.config_path(), &bundle.sandbox_config(), || {
         runtime.create(bundle, HandedOn { stdio, third: init })
     })
@@ -49,8 +48,8 @@ pub(super) fn create(
     .flatten()
     .and_then(|()| start(runtime, bundle, init))
     .and_then(|sandbox| correct().map(|()| sandbox));
-    made.map_err(|error| match runtime.delete(bundle.id()) {
-        Ok(()) => error,
+    made.map_err(|error| match runtime.make_room(bundle) {
+        Ok(_) => error,
         Err(source) => RuntimeError::Undo { error: Box::new(error), source: Box::new(source) },
     })
 }
@@ -97,7 +96,7 @@ fn wait_for_exec(bundle: &Bundle, pid: HostPid, program: BorrowedFd<'_>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::super::testing::{EXIT, Lab, PAUSE, init_that, status_field};
-    use super::super::{Cgroup, Runtime, RuntimeError, Status};
+    use super::super::{Cgroup, Room, Runtime, RuntimeError, Status};
     use super::*;
     use nix::sys::signal::Signal;
     use serde_json::{Value, json};
@@ -162,6 +161,7 @@ mod tests {
             let lab = Lab::new(name);
             lab.edit_config(edit);
             lab.create(&init_that(PAUSE)).unwrap();
+            lab.runtime.finish_sandbox(&lab.id).unwrap();
             let corrected = lab.recorded_configuration();
             lab.runtime.delete(&lab.id).unwrap();
             lab.create_unmodified();
@@ -195,6 +195,41 @@ mod tests {
         ));
         assert!(!cgroup.path().exists());
         lab.runtime.delete(&lab.id).unwrap();
+    }
+
+    #[test]
+    fn a_sandbox_is_a_leftover_until_it_is_finished() {
+        let lab = Lab::new("leftover");
+        lab.edit_config(|config| config["annotations"] = json!({ "org.example": "kept" }));
+        lab.create(&init_that(PAUSE)).unwrap();
+        let make_room = || lab.runtime.make_room(&lab.bundle()).unwrap();
+        let cgroup = Cgroup::of(lab.runtime.state(&lab.id).unwrap().init.unwrap()).unwrap();
+        assert_eq!(make_room(), Room::Cleared);
+        assert!(!cgroup.path().exists() && !lab.runtime_root().join(lab.id.as_str()).exists());
+        assert_eq!(make_room(), Room::Free);
+
+        // It is one also when nothing of it runs any more.
+        lab.create(&init_that(PAUSE)).unwrap();
+        lab.runtime.kill(&lab.id, Signal::SIGKILL).unwrap();
+        assert_eq!(make_room(), Room::Cleared);
+
+        lab.create(&init_that(PAUSE)).unwrap();
+        lab.runtime.finish_sandbox(&lab.id).unwrap();
+        assert_eq!(make_room(), Room::Taken);
+        lab.runtime.finish_sandbox(&lab.id).unwrap_err();
+        lab.runtime.delete(&lab.id).unwrap();
+        assert!(!lab.runtime_root().join(lab.id.as_str()).exists());
+
+        // Whoever makes it from the bundle without pclive has no leftover.
+        lab.create_unmodified();
+        assert_eq!(make_room(), Room::Taken);
+    }
+
+    #[test]
+    fn a_sandbox_of_another_bundle_is_nobodys_leftover_here() {
+        let (lab, other) = (Lab::new("theirs"), Lab::new("theirs"));
+        lab.create(&init_that(PAUSE)).unwrap();
+        assert_eq!(lab.runtime.make_room(&other.bundle()).unwrap(), Room::Taken);
     }
 
     #[test]

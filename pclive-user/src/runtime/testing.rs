@@ -50,9 +50,16 @@ impl Lab {
         std::fs::write(path, config.to_string()).unwrap();
     }
 
+    pub fn bundle(&self) -> Bundle {
+        Bundle::open(&self.directory.path().join("bundles"), &self.id).unwrap()
+    }
+
+    pub fn runtime_root(&self) -> PathBuf {
+        self.directory.path().join("root")
+    }
+
     pub fn create(&self, init: &File) -> Result<SandboxProcess, RuntimeError> {
-        let bundle = Bundle::open(&self.directory.path().join("bundles"), &self.id).unwrap();
-        self.runtime.create_sandbox(&bundle, init.as_fd(), self.stdio.each_ref().map(AsFd::as_fd))
+        self.runtime.create_sandbox(&self.bundle(), init.as_fd(), self.stdio.each_ref().map(AsFd::as_fd))
     }
 
     /// Creates, and does not start, the container with the bundle as it is.
@@ -60,7 +67,7 @@ impl Lab {
         let null = || std::process::Stdio::null();
         let status = Command::new("runc")
             .arg("--root")
-            .arg(self.directory.path().join("root"))
+            .arg(self.runtime_root())
             .args(["create", self.id.as_str(), "--bundle"])
             .arg(self.bundle_path())
             .stdin(null())
@@ -72,7 +79,7 @@ impl Lab {
 
     /// The configuration in runc's record of the container, without members that say nothing.
     pub fn recorded_configuration(&self) -> Value {
-        let path = self.directory.path().join("root").join(self.id.as_str()).join("state.json");
+        let path = self.runtime_root().join(self.id.as_str()).join("state.json");
         let mut record: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         let mut configuration = record["config"].take();
         drop_empty(&mut configuration);
@@ -83,7 +90,7 @@ impl Lab {
     pub fn exec(&self, line: &[&str]) -> String {
         let output = Command::new("runc")
             .arg("--root")
-            .arg(self.directory.path().join("root"))
+            .arg(self.runtime_root())
             .args(["exec", self.id.as_str()])
             .args(line)
             .output()

@@ -145,6 +145,13 @@ impl Tracee {
         request("PTRACE_SYSCALL", libc::PTRACE_SYSCALL, self.tid, 0, 0).map(drop)
     }
 
+    /// Takes back [`Seize::Skeleton`]: if pclive dies from here on, the stopped thread runs on, and what it makes is not
+    /// attached.
+    pub fn outlive_tracer(&self) -> Result<()> {
+        let options = libc::PTRACE_O_TRACESYSGOOD;
+        request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as usize).map(drop)
+    }
+
     /// Ends the attachment; the thread runs on.
     pub fn detach(self) -> Result<()> {
         request("PTRACE_DETACH", libc::PTRACE_DETACH, self.tid, 0, 0).map(drop)
@@ -389,6 +396,54 @@ fn decode_registers(raw: &[u8; size_of::<Registers>()]) -> Registers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Has a thread stop a process that sleeps, and end as a killed pclive would; `prepare` comes before. Returns in which
+    /// state (proc_pid_stat(5)) the kernel leaves the process.
+    fn after_the_tracers_death(purpose: Seize, prepare: fn(&Tracee)) -> char {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = HostPid(child.id() as i32);
+        let state = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit(") ").next().unwrap().chars().next().unwrap()
+        };
+        let trace = move || {
+            let tracee = Tracee::seize(pid, purpose).unwrap();
+            tracee.interrupt().unwrap();
+            tracee.wait_trap().unwrap();
+            prepare(&tracee);
+        };
+        std::thread::spawn(trace).join().unwrap();
+        while matches!(state(), 't' | 'R') {
+            std::thread::yield_now();
+        }
+        let state = state();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        state
+    }
+
+    fn nothing(_: &Tracee) {}
+
+    #[test]
+    fn a_process_at_the_source_runs_on_when_its_tracer_dies() {
+        assert_eq!(after_the_tracers_death(Seize::Source, nothing), 'S');
+        let stop = |tracee: &Tracee| {
+            // SAFETY: kill takes two integers.
+            unsafe { libc::kill(tracee.tid().0, libc::SIGSTOP) };
+            tracee.resume(0).unwrap();
+            assert_eq!(tracee.wait().unwrap(), Stop::Signal(libc::SIGSTOP));
+            tracee.resume(libc::SIGSTOP).unwrap();
+            assert_eq!(tracee.wait().unwrap(), Stop::Trap);
+        };
+        assert_eq!(after_the_tracers_death(Seize::Source, stop), 'T', "it was stopped before");
+    }
+
+    #[test]
+    fn a_process_of_a_skeleton_dies_with_its_tracer_until_it_may_outlive_it() {
+        assert_eq!(after_the_tracers_death(Seize::Skeleton, nothing), 'Z');
+        let outlive = |tracee: &Tracee| tracee.outlive_tracer().unwrap();
+        assert_eq!(after_the_tracers_death(Seize::Skeleton, outlive), 'S');
+    }
 
     #[test]
     fn registers_survive_encoding() {

@@ -21,6 +21,20 @@ pub(super) fn existing(path: &str) -> Result<Vec<PathBuf>> {
     Ok(hierarchies()?.into_iter().map(|root| root.join(below)).filter(|cgroup| cgroup.exists()).collect())
 }
 
+/// Whether the cgroup of that path is frozen in the hierarchy with cgroup v2.
+pub(super) fn is_frozen(path: &str) -> Result<bool> {
+    let events = existing(path)?
+        .into_iter()
+        .filter_map(|cgroup| fs::read_to_string(cgroup.join("cgroup.events")).ok());
+    Ok(events.into_iter().any(|events| events.lines().any(|line| line == "frozen 1")))
+}
+
+/// Lets it go on.
+pub(super) fn thaw(path: &str) -> Result<()> {
+    let files = existing(path)?.into_iter().map(|cgroup| cgroup.join("cgroup.freeze"));
+    files.filter(|file| file.exists()).try_for_each(|file| Ok(fs::write(file, "0")?))
+}
+
 /// Removes the cgroups of a lab, which must be empty of processes, in every hierarchy.
 pub(super) fn remove(id: &str) -> Result<()> {
     for root in hierarchies()? {

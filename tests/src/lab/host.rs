@@ -139,6 +139,12 @@ impl Host {
         Ok(self.list()?.into_iter().find(|state| state.id == name))
     }
 
+    /// Whether the runtime's record of a container bears the mark of what `pclive` has not finished.
+    pub fn is_unfinished(&self, name: &str) -> bool {
+        let record = fs::read_to_string(self.runtime_root().join(name).join("state.json"));
+        record.is_ok_and(|record| record.contains("io.pclive.unfinished"))
+    }
+
     /// The first process of a container that is running.
     ///
     /// # Errors

@@ -32,6 +32,26 @@ impl Lab {
         found.extend(mounted.map(|line| format!("mount {line}")));
         Ok(found)
     }
+
+    /// Whether the container lives on `host`: it is there, not frozen, and not what a migration is building or has left.
+    ///
+    /// # Errors
+    /// When the runtime or the kernel does not tell.
+    pub fn is_alive(&self, host: &Host, container: &str) -> Result<bool> {
+        let runs = host.state(container)?.is_some_and(|state| state.status == "running");
+        let frozen = cgroup::is_frozen(&self.cgroup_path(host, container))?;
+        Ok(runs && !frozen && !host.is_unfinished(container))
+    }
+
+    /// Lets a container run on that `pclive migrate` has left frozen, with its link up: what an operator does who has
+    /// made sure that it runs nowhere else.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn thaw(&self, host: &Host, container: &str) -> Result<()> {
+        host.container_netns(container).ip("link set eth0 up")?;
+        cgroup::thaw(&self.cgroup_path(host, container))
+    }
 }
 
 /// What pclive has left in the processes of a container that it was to move and did not; empty if nothing.

@@ -1,17 +1,18 @@
 //! Whatever fails before the commit, the container runs on at the source as if nothing had been, the destination is
 //! clean, and the next migration works.
 
-use std::fs;
+use std::fs::{self, File};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use pclive_tests::Programs;
 use pclive_tests::identity::{Identities, differences, identities};
 use pclive_tests::lab::{BitRate, injected};
 use pclive_tests::load::{LoadSpec, Pace, Service};
-use pclive_tests::pclive::{Migrate, Outcome, exit};
+use pclive_tests::pclive::{Migrate, Outcome, Serve, exit};
 use pclive_tests::scene::{Network, Scene};
 
 use crate::moved::{MIB, wait_until_none};
@@ -58,12 +59,18 @@ impl Case {
     }
 
     /// Checks both hosts after `outcome`, then moves the container all the same.
-    fn assert_untouched_and_movable(mut self, outcome: &Outcome) -> Result<()> {
+    fn assert_untouched_and_movable(self, outcome: &Outcome) -> Result<()> {
+        let (lab, name) = (self.scene.lab(), &self.scene.container().name);
+        // Only when the destination has said how it ended may the next migration begin.
+        wait_until_none(|| Ok(Serve::unfinished(lab.destination(), name)))?;
+        wait_until_none(|| lab.traces(lab.destination(), name)).with_context(|| outcome.output.clone())?;
+        self.assert_movable(outcome)
+    }
+
+    /// Checks the source after `outcome`, then moves the container all the same.
+    fn assert_movable(mut self, outcome: &Outcome) -> Result<()> {
         let name = self.scene.container().name.clone();
         let (lab, output) = (self.scene.lab(), &outcome.output);
-        // Only when the destination has said how it ended may the next migration begin.
-        wait_until_none(|| Ok(unfinished(&lab.destination().log("serve"))))?;
-        wait_until_none(|| lab.traces(lab.destination(), &name)).with_context(|| output.clone())?;
         let init = lab.source().container_pid(&name)?;
         assert_eq!(differences(&self.before, &identities(init)?), [""; 0], "{output}");
         assert_eq!(injected(init)?, [""; 0], "{output}");
@@ -74,16 +81,6 @@ impl Case {
         assert_eq!(load.complaint(), None, "{output}");
         Ok(())
     }
-}
-
-/// Migrations that began and have not ended, from the log of `pclive serve`.
-fn unfinished(log: &str) -> Vec<String> {
-    let (begun, others): (Vec<_>, Vec<_>) = log
-        .lines()
-        .filter(|line| line.starts_with("service: "))
-        .map(str::to_owned)
-        .partition(|line| line.ends_with("migration begins"));
-    begun.into_iter().skip(others.len()).collect()
 }
 
 #[test]
@@ -97,6 +94,38 @@ fn a_missing_bundle() -> Result<()> {
     assert!(outcome.output.contains(&case.scene.container().name), "it is named: {}", outcome.output);
     fs::rename(&hidden, &bundle)?;
     case.assert_untouched_and_movable(&outcome)
+}
+
+#[test]
+fn a_killed_serve() -> Result<()> {
+    let mut case = Case::new()?;
+    let migrate = case.midway()?;
+    case.scene.kill_serve()?;
+    let outcome = migrate.wait()?;
+    assert_eq!(outcome.code, Some(exit::STAYED), "{}", outcome.output);
+    case.scene.restart_serve()?;
+    // It clears away what the other one left before it listens.
+    let (lab, name) = (case.scene.lab(), &case.scene.container().name);
+    assert_eq!(lab.traces(lab.destination(), name)?, [""; 0]);
+    case.assert_untouched_and_movable(&outcome)
+}
+
+#[test]
+fn a_serve_killed_in_the_blackout() -> Result<()> {
+    let mut case = Case::new()?;
+    let migrate = case.in_the_blackout()?;
+    // Somebody else uses the bundle while the next one starts: so that one finds the leftover only when it is asked.
+    let bundle = case.scene.lab().destination().bundles().join(&case.scene.container().name);
+    case.scene.kill_serve()?;
+    let used =
+        Flock::lock(File::open(bundle)?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+    let outcome = migrate.wait()?;
+    assert_eq!(outcome.code, Some(exit::STAYED), "{}", outcome.output);
+    case.scene.restart_serve()?;
+    let (lab, name) = (case.scene.lab(), &case.scene.container().name);
+    assert_ne!(lab.traces(lab.destination(), name)?, [""; 0], "there is a leftover");
+    drop(used);
+    case.assert_movable(&outcome)
 }
 
 #[test]

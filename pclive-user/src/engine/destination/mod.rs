@@ -1,5 +1,28 @@
 //! The destination of a migration: makes the sandbox, keeps the skeleton equal to the manifests, and lets it run when the
 //! source has committed. Whatever fails before that is undone here completely.
+//!
+//! # If pclive is killed here
+//!
+//! Nobody is left to undo anything then. What becomes of the container depends on how far its migration was:
+//!
+//! ```text
+//! sandbox made, marked ──▶ … ──▶ commit received, mark removed ──▶ … ──▶ released ──▶ …
+//! │        a leftover            │        dead, but not a leftover       │    alive
+//! ```
+//!
+//! - A skeleton dies with pclive: the kernel kills every process of it (`PTRACE_O_EXITKILL`) and the links return to what
+//!   they were. What the runtime made stands: its record of the container, with the mark in it, and the cgroup. The next
+//!   pclive finds that when it starts ([`Destination::clear_leftovers`]), or when a container of that name is proposed.
+//! - It takes a container for a leftover only if the runtime's record of it bears the mark *and* says that it was made from
+//!   the very bundle that this migration has locked. The lock is the kernel's and goes with whoever has it, so then there
+//!   is nobody who could finish it: neither in this process nor in another with the same bundles.
+//! - The mark goes before anything else is done for a committed container. From then on pclive never removes it by itself,
+//!   and refuses its name. Up to the release its processes still die with pclive; the release is one moment for all of
+//!   them ([`Skeleton::release`]), after which they live without it. The source hears nothing, keeps its copy frozen and
+//!   says that the outcome is unknown: the operator finds here a container that is either stopped or running, and
+//!   deletes the copy that is not to go on.
+//! - A runtime's command that pclive was waiting for when it was killed goes on alone. If a container of that name is
+//!   proposed before it has ended, that one migration may be refused.
 
 mod gate;
 
@@ -12,7 +35,7 @@ use crate::host;
 use crate::restore::Sandbox;
 use crate::restore::files::{FileError, OpenedFiles, open_files};
 use crate::restore::skeleton::{Skeleton, SkeletonError};
-use crate::runtime::{Bundle, BundleError, ContainerId, LinkError, Links, Runtime, RuntimeError};
+use crate::runtime::{Bundle, BundleError, ContainerId, LinkError, Links, Room, Runtime, RuntimeError};
 use crate::transport::{self, DestinationChannel, Hangup, Incoming, PageReceiver, Session};
 use gate::Gate;
 use nix::fcntl::{OFlag, open};
@@ -127,8 +150,8 @@ impl Destination {
         };
         peer.note(DestinationEvent::Prepared)?;
         peer.channel.send(&DestinationMessage::Accepted(Accepted { token: session.token(), facts }))?;
-        let built =
-            Building::start(self, &bundle, &proposal, &session).and_then(|building| building.run(&mut peer));
+        let built = Building::start(self.runtime.as_ref(), &bundle, &proposal, &session)
+            .and_then(|building| building.run(&mut peer));
         match built {
             Ok(restore_us) => Ok(Ended::Running { restore_us }),
             Err(error) => Ok(self.undo(&bundle, &mut peer, error)),
@@ -146,19 +169,48 @@ impl Destination {
         }
         let id = ContainerId::new(&proposal.container).map_err(|e| failed(&e))?;
         let bundle = Bundle::open(&self.bundles, &id).map_err(|e| failed(&e))?;
-        match self.runtime.state(&id) {
-            Err(RuntimeError::NotFound { .. }) => Ok((bundle, facts)),
+        match self.clear_leftover(&bundle) {
+            Ok(Room::Free | Room::Cleared) => Ok((bundle, facts)),
+            Ok(Room::Taken) => Err(RemoteError::NameTaken { container: proposal.container.clone() }),
             Err(error) => Err(failed(&error)),
-            Ok(_) => Err(RemoteError::NameTaken { container: proposal.container.clone() }),
         }
+    }
+
+    /// Removes what a killed pclive has left of migrations into the bundles here. A bundle that is in use or cannot be used
+    /// now is passed over.
+    pub fn clear_leftovers(&self) {
+        let entries = std::fs::read_dir(&self.bundles).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| ContainerId::new(entry.file_name().to_str()?).ok());
+        for bundle in names.filter_map(|id| Bundle::open(&self.bundles, &id).ok()) {
+            if let Err(error) = self.clear_leftover(&bundle) {
+                let id = bundle.id();
+                tracing::error!("what a killed pclive may have left of container {id}: {error}");
+            }
+        }
+    }
+
+    /// Removes the bundle's container if it is a leftover.
+    fn clear_leftover(&self, bundle: &Bundle) -> Result<Room, RuntimeError> {
+        self.runtime.make_room(bundle).inspect(|room| {
+            if *room == Room::Cleared {
+                tracing::warn!(
+                    "removed container {}, which a killed pclive had left unfinished",
+                    bundle.id()
+                );
+            }
+        })
     }
 
     /// Removes what was made, and tells the source.
     fn undo(&self, bundle: &Bundle, peer: &mut Peer, error: DestinationError) -> Ended {
+        let finished = *peer.handoff.state() == DestinationState::Resuming;
         if !matches!(peer.handoff.state(), DestinationState::Removing(_)) {
             peer.tell(DestinationEvent::Failed(error.to_remote()));
         }
-        let cleanup = self.runtime.delete(bundle.id()).err();
+        let cleanup = match finished {
+            true => self.runtime.delete(bundle.id()).err(),
+            false => self.runtime.make_room(bundle).err(),
+        };
         peer.tell(match &cleanup {
             None => DestinationEvent::Removed,
             Some(cleanup) => DestinationEvent::Failed(RemoteError::Failed(Failure::from_error(cleanup))),
@@ -204,7 +256,9 @@ impl Peer {
 }
 
 /// A migration under way. Dropping it ends every process of the skeleton.
-struct Building {
+struct Building<'a> {
+    runtime: &'a dyn Runtime,
+    bundle: &'a Bundle,
     clock: Clock,
     skeleton: Option<Skeleton>,
     links: Links,
@@ -219,24 +273,24 @@ struct Stream {
     thread: JoinHandle<Duration>,
 }
 
-impl Building {
+impl<'a> Building<'a> {
     fn start(
-        destination: &Destination,
-        bundle: &Bundle,
+        runtime: &'a dyn Runtime,
+        bundle: &'a Bundle,
         proposal: &Proposal,
         session: &Session,
     ) -> Result<Self, DestinationError> {
         let receivers = session.streams(PAGE_STREAMS)?;
         let mut clock = Clock::start(Side::Destination);
         clock.enter("sandbox");
-        let sandbox = make_sandbox(destination.runtime.as_ref(), bundle)?;
+        let sandbox = make_sandbox(runtime, bundle)?;
         let mut links = Links::open(sandbox.netns.as_fd(), None)?;
         links.take_down()?;
         clock.enter("rounds");
         let skeleton = Skeleton::adopt(sandbox)?;
         let gate = Arc::new(Gate::new(proposal.apply, proposal.restore_from, skeleton.placements()));
-        let mut building =
-            Self { clock, skeleton: Some(skeleton), links, gate, streams: Vec::new(), files: None };
+        let (skeleton, streams) = (Some(skeleton), Vec::new());
+        let mut building = Self { runtime, bundle, clock, skeleton, links, gate, streams, files: None };
         for receiver in receivers {
             building.add_stream(receiver)?;
         }
@@ -320,6 +374,8 @@ impl Building {
     fn resume(mut self, peer: &mut Peer, received: Instant) -> Result<u64, DestinationError> {
         peer.channel.shield();
         let commit_received_us = self.clock.now_us();
+        self.clock.enter("finish sandbox");
+        self.runtime.finish_sandbox(self.bundle.id())?;
         self.clock.enter("links up");
         // Nothing of the network may end the migration now: this is the only copy that may run.
         if let Err(error) = self.links.bring_up() {
@@ -383,7 +439,7 @@ impl Building {
     }
 }
 
-impl Drop for Building {
+impl Drop for Building<'_> {
     fn drop(&mut self) {
         self.close_streams();
         if let Some(skeleton) = self.skeleton.take() {

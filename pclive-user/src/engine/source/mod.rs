@@ -3,6 +3,12 @@
 //! Whatever fails before the commit leaves the container running here, untouched: threads are let go, links come up, the
 //! userfaultfds are closed. Behind the commit this side never lets the container run again by itself. Which of the two it
 //! is decides the machine of [`crate::handoff`]: it is told everything that happens, and says what has to be done.
+//!
+//! The same holds if pclive is killed. Before the commit the kernel lets the threads go, ends the write protection and
+//! detaches the eBPF programs, and a [`LastWill`](pclive_sys::will) brings the links back. Just before the commit is sent
+//! the container is frozen by its cgroup and the will revoked: from then on it stays as it is, for the operator to decide.
+//! Not covered are the microseconds in which a thread makes calls for pclive ([`pclive_sys::script::Borrowed`]), or a
+//! connection is read ([`crate::capture::sockets`]).
 
 mod container;
 mod freeze;
@@ -238,6 +244,13 @@ const BETWEEN_SURVEYS: Duration = Duration::from_millis(20);
 
 fn survey_all(container: &Container) -> Result<Vec<Obstacle>, MigrateError> {
     let mut obstacles = Obstacles::default();
+    let cgroup = container.cgroup();
+    if cgroup.is_frozen().map_err(ContainerError::Cgroup)? {
+        let remedy =
+            "make sure that no other host runs it; then bring its links up and write 0 to cgroup.freeze";
+        let reason = "it is frozen, perhaps since a migration whose outcome was not known";
+        obstacles.add(NsPid(1), format!("cgroup {}", cgroup.path().display()), reason, remedy);
+    }
     survey(container.processes(), container.env(), &mut obstacles)?;
     capture_files(container.processes(), container.env(), Access::Survey, &mut obstacles)?;
     Ok(obstacles.into_sorted())
