@@ -39,10 +39,15 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "N", default_value_t = 30)]
     max_rounds: u32,
     /// Freeze as soon as the predicted blackout is shorter than this, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = 50)]
+    #[arg(long, value_name = "MS", default_value_t = 15)]
     max_blackout: u64,
-    /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    /// Send at most so many Mbit/s before the freeze. What is sent takes processors and network from the container and its
+    /// clients; a slower migration takes less of them at a time.
+    #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..))]
+    max_bandwidth: Option<u64>,
+    /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round. Of use
+    /// only with --whole-pages.
+    #[arg(long, value_name = "N", default_value_t = 0)]
     hot_rounds: usize,
     /// Send every dirty page whole, also where only a part of it has changed.
     #[arg(long)]
@@ -87,6 +92,7 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         restore_from: Round(args.restore_from),
         max_rounds: args.max_rounds,
         max_blackout: Duration::from_millis(args.max_blackout),
+        max_bandwidth: args.max_bandwidth.map(|megabits| megabits.saturating_mul(1_000_000 / 8)),
         hot_rounds: args.hot_rounds,
         patch_pages: !args.whole_pages,
         tracker: args.tracker.tier()?,

@@ -160,3 +160,51 @@ impl Placement {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memmap2::MmapMut;
+    use pclive_sys::uffd::Features;
+    use pclive_wire::manifest::VmaFlags;
+
+    const PAGES: u64 = 4;
+
+    /// Memory of this process that nobody has touched, and placement in it.
+    fn placement() -> (MmapMut, Placement, VirtAddr) {
+        let map = MmapMut::map_anon((PAGES * PAGE_SIZE) as usize).unwrap();
+        let start = VirtAddr(map.as_ptr() as u64);
+        let range = PageRange::new(start, PAGES);
+        let flags = VmaFlags::default();
+        let vma = Vma { range, prot: 3, flags, backing: Backing::Anonymous };
+        let mut placement = Placement::new(Uffd::of_self(Features::PLACEMENT).unwrap()).unwrap();
+        placement.set_vmas(vec![vma], &[range]).unwrap();
+        (map, placement, start)
+    }
+
+    #[test]
+    fn a_patch_changes_its_blocks_and_nothing_else() {
+        let (map, placement, start) = placement();
+        let page = PAGE_SIZE as usize;
+        placement.place(start, &vec![1; 3 * page]).unwrap();
+        let mask = BlockMask::new(0b1000_0000_0000_0110).unwrap();
+        let blocks: Vec<u8> = (2..8).flat_map(|fill| [fill; BLOCK_LEN]).collect();
+        placement.patch(PageRange::new(start.offset(PAGE_SIZE), 2), mask, &blocks).unwrap();
+        let mut expected = vec![1; 3 * page];
+        for (fill, (of, at)) in (2..8).zip([(1, 1), (1, 2), (1, 15), (2, 1), (2, 2), (2, 15)]) {
+            expected[of * page + at * BLOCK_LEN..][..BLOCK_LEN].fill(fill);
+        }
+        assert!(map[..3 * page] == expected);
+    }
+
+    #[test]
+    fn what_was_never_placed_cannot_be_patched() {
+        let (_map, placement, start) = placement();
+        let mask = BlockMask::new(1).unwrap();
+        placement.place(start, &vec![1; PAGE_SIZE as usize]).unwrap();
+        placement.patch(PageRange::new(start.offset(PAGE_SIZE), 1), mask, &[2; BLOCK_LEN]).unwrap_err();
+        // Where nothing is mapped the source has unmapped it since.
+        let unmapped = PageRange::new(start.offset(PAGES * PAGE_SIZE), 1);
+        placement.patch(unmapped, mask, &[2; BLOCK_LEN]).unwrap();
+    }
+}

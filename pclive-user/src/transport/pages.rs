@@ -101,6 +101,11 @@ impl PageSender {
         self.stream.try_clone().map(Hangup).map_err(socket("clone the connection to", self.peer))
     }
 
+    /// Sends as fast as the network can from now on.
+    pub fn lift_limit(&mut self) {
+        self.pace = None;
+    }
+
     /// The round whose pages are being sent.
     pub fn round(&self) -> Round {
         self.order.round()

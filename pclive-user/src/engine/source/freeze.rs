@@ -2,17 +2,21 @@
 
 use super::container::LastPages;
 use super::pages::Outgoing;
-use super::{MigrateError, Migration, STEP};
+use super::{Container, ContainerError, MigrateError, Migration, STEP, SendError};
 use crate::capture::files::{CapturedFiles, capture_files};
 use crate::capture::process::capture_stopped;
 use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
 use crate::capture::{Access, Obstacles};
+use crate::engine::clock::Clock;
 use crate::handoff::SourceEvent;
-use pclive_wire::control::{DestinationMessage, RunningReport};
+use crate::policy::hot::HotPages;
+use crate::runtime::Links;
+use pclive_wire::control::{DestinationMessage, RoundSummary, RunningReport};
 use pclive_wire::manifest::{Manifest, Process};
 use pclive_wire::{NsPid, Round};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// How often a freeze is tried again when the container is in a state that cannot be moved but passes.
@@ -77,12 +81,12 @@ impl Migration<'_> {
     /// Lets the container run on here. One thing that fails does not keep the others from being done.
     pub(super) fn resume(&mut self) -> Result<(), MigrateError> {
         self.clock.enter("resume at the source");
-        let thawed = self.container.cgroup().thaw(FREEZER).map_err(super::ContainerError::Cgroup);
+        let thawed = self.container.cgroup().thaw(FREEZER).map_err(ContainerError::Cgroup);
         let up = self.links.restore();
         let stopped = self.frozen.take().map(|frozen| frozen.stopped).unwrap_or_default();
         let resume = |process: StoppedProcess| {
             let pid = process.pid;
-            process.resume().map_err(|source| super::ContainerError::Stop { pid, source })
+            process.resume().map_err(|source| ContainerError::Stop { pid, source })
         };
         let resumed: Vec<_> = stopped.into_iter().map(resume).collect();
         self.clock.leave();
@@ -96,7 +100,7 @@ impl Migration<'_> {
         stopped: &[StoppedProcess],
     ) -> Result<Result<SocketCapture, Vec<String>>, MigrateError> {
         let start = Instant::now();
-        let unreaped = unreaped(self.container.processes()).map_err(super::ContainerError::from)?;
+        let unreaped = unreaped(self.container.processes()).map_err(ContainerError::from)?;
         if !unreaped.is_empty() {
             let reason = |(parent, child)| {
                 format!("process {parent} has not yet waited for its child {child}, which ended")
@@ -108,23 +112,13 @@ impl Migration<'_> {
             self.container.last_round(stopped)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone())?;
-        let mut outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
+        self.sender.lift_limit();
+        let outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
+        let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
         let hot = &mut self.hot;
         let (sent, captured) = std::thread::scope(|scope| {
-            let pids = layouts.iter().map(|layout| layout.pid);
-            let pages: Vec<(NsPid, LastPages)> = pids.zip(pages).collect();
-            let sending = scope.spawn(move || {
-                for (pid, (memory, dirty)) in pages {
-                    outgoing.pages(pid, &memory, &dirty.written)?;
-                    if let Some(hot) = hot.get_mut(&pid) {
-                        outgoing.pages(pid, &memory, &hot.take_held_back())?;
-                    }
-                    outgoing.absent(pid, &dirty.absent)?;
-                }
-                outgoing.end()
-            });
-            self.clock.enter("capture state");
-            let captured = capture(layouts, stopped, &mut self.links, &self.container);
+            let sending = scope.spawn(move || send_last_pages(outgoing, pages, hot));
+            let captured = capture(layouts, stopped, &mut self.links, &self.container, &mut self.clock);
             self.clock.enter("send last pages");
             (sending.join().expect("sending does not panic"), captured)
         });
@@ -166,7 +160,7 @@ impl Migration<'_> {
         self.clock.enter("commit");
         self.cancellation.check()?;
         // From here on the container stays frozen, and its links down, even if pclive dies.
-        self.container.cgroup().freeze(FREEZER).map_err(super::ContainerError::Cgroup)?;
+        self.container.cgroup().freeze(FREEZER).map_err(ContainerError::Cgroup)?;
         self.links.keep_down()?;
         self.channel.shield();
         self.note(SourceEvent::Commit)?;
@@ -181,21 +175,40 @@ impl Migration<'_> {
     }
 }
 
+fn send_last_pages(
+    mut outgoing: Outgoing<'_>,
+    pages: Vec<(NsPid, LastPages)>,
+    hot: &mut HashMap<NsPid, HotPages>,
+) -> Result<RoundSummary, SendError> {
+    for (pid, (memory, dirty)) in pages {
+        outgoing.pages(pid, &memory, &dirty.written)?;
+        if let Some(hot) = hot.get_mut(&pid) {
+            outgoing.pages(pid, &memory, &hot.take_held_back())?;
+        }
+        outgoing.absent(pid, &dirty.absent)?;
+    }
+    outgoing.end()
+}
+
 /// Takes the links down and reads everything but pages.
 fn capture(
     layouts: Vec<Process>,
     stopped: &[StoppedProcess],
-    links: &mut crate::runtime::Links,
-    container: &super::Container,
+    links: &mut Links,
+    container: &Container,
+    clock: &mut Clock,
 ) -> Result<(Vec<Process>, CapturedFiles), MigrateError> {
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
     let capture = |(layout, stopped): (Process, &StoppedProcess)| {
         capture_stopped(layout, stopped)
-            .map_err(|source| super::ContainerError::Process { pid: stopped.pid, source })
+            .map_err(|source| ContainerError::Process { pid: stopped.pid, source })
     };
+    clock.enter("capture processes");
     let processes = layouts.into_iter().zip(stopped).map(capture).collect::<Result<_, _>>()?;
+    clock.enter("links down");
     links.take_down()?;
+    clock.enter("capture files");
     let mut obstacles = Obstacles::default();
     let files = capture_files(container.processes(), container.env(), Access::Frozen, &mut obstacles)?;
     match obstacles.is_empty() {

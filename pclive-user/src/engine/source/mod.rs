@@ -35,7 +35,7 @@ use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
 use crate::track::observer::ObserveError;
 use crate::track::{Heat, Tier, WriteObserver};
-use crate::transport::{self, Cancellation, PageSender, SourceChannel};
+use crate::transport::{self, Cancellation, Pace, PageSender, SourceChannel};
 use freeze::{Frozen, Handed};
 use nix::sys::resource::UsageWho;
 use pclive_wire::control::{AbortReason, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage};
@@ -65,6 +65,8 @@ pub struct Options {
     pub max_rounds: u32,
     /// Predicted blackout at which to freeze.
     pub max_blackout: Duration,
+    /// Most bytes per second before the freeze.
+    pub max_bandwidth: Option<u64>,
     /// A page written in so many rounds in a row is held back; 0 holds back none.
     pub hot_rounds: usize,
     /// Of a page that was sent before, send only the blocks that have changed.
@@ -187,7 +189,8 @@ pub fn migrate(
         channel.send(&SourceMessage::Abort(AbortReason::HostMismatch(differing.clone())))?;
         return Err(MigrateError::Remote(RemoteError::HostMismatch(differing)));
     }
-    let sender = PageSender::connect(options.to, accepted.token, 0, None)?;
+    let pace = options.max_bandwidth.map(Pace::new);
+    let sender = PageSender::connect(options.to, accepted.token, 0, pace)?;
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
     let source = options.tracker.fault_source();
@@ -204,7 +207,10 @@ pub fn migrate(
         sender,
         observer,
         heat: Heat::default(),
-        sent: options.patch_pages.then(Sent::nothing).transpose().map_err(MigrateError::Random)?,
+        sent: (options.patch_pages && !options.mode.freezes_first())
+            .then(Sent::nothing)
+            .transpose()
+            .map_err(MigrateError::Random)?,
         hot: HashMap::new(),
         round: Round(0),
         report: std::mem::take(report),

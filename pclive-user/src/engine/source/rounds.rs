@@ -15,7 +15,7 @@ use pclive_wire::{NsPid, PAGE_SIZE, PageSet, Round};
 use std::time::{Duration, Instant};
 
 /// What a blackout costs beside sending pages, for the prediction: about what `cargo xtask bench` shows.
-const FIXED_COST: Duration = Duration::from_millis(15);
+const FIXED_COST: Duration = Duration::from_millis(8);
 
 impl Migration<'_> {
     /// Sends rounds until the policy says to freeze.
@@ -51,7 +51,7 @@ impl Migration<'_> {
         };
         let pages: u64 = written.iter().map(left).sum();
         let pages_before = before.pages + before.patched_pages;
-        Ok(if pages_before == 0 { pages * PAGE_SIZE } else { pages * before.bytes / pages_before })
+        Ok((pages * before.bytes).checked_div(pages_before).unwrap_or(pages * PAGE_SIZE))
     }
 
     /// One round of pages that were written since they were sent, without the hot ones.
