@@ -8,9 +8,9 @@ use pclive_tests::workloads::running::Contained;
 /// One move after the other; all of them if `PCLIVE_MOVES` asks for more than the first five.
 const OPTIONS: [&[&str]; 8] = [
     &[],
-    &["--mode", "pclive"],
+    &["--mode", "pclive", "--hot-rounds", "2"],
     &["--restore-from", "2"],
-    &["--tracker", "scan"],
+    &["--tracker", "scan", "--whole-pages", "--hot-rounds", "1"],
     &["--mode", "one-shot"],
     &["--max-rounds", "1"],
     &["--mode", "pclive", "--tracker", "scan"],
