@@ -238,13 +238,25 @@ fn action(signal: i32) -> Action {
 #[derive(Debug)]
 pub struct IdentityProbe(Identity);
 
+/// How long a signal handler is given to end.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+
 impl IdentityProbe {
-    /// Remembers how the process is now.
+    /// Remembers how the process is now, once it is the same twice: a signal handler that runs right now has a mask of its
+    /// own.
     ///
     /// # Errors
     /// Those of reading `/proc`.
     pub fn new() -> io::Result<Self> {
-        Identity::observe().map(IdentityProbe)
+        let mut before = Identity::observe()?;
+        loop {
+            std::thread::sleep(BETWEEN_LOOKS);
+            let now = Identity::observe()?;
+            if before.differences(&now).is_empty() {
+                return Ok(IdentityProbe(now));
+            }
+            before = now;
+        }
     }
 }
 
@@ -254,7 +266,6 @@ impl Probe for IdentityProbe {
     }
 
     fn check(&mut self, findings: &mut Findings) {
-        // Looked at twice: a signal handler that runs right now has a mask of its own.
         let mut differences = Vec::new();
         for _ in 0..5 {
             let Some(now) = findings.succeed("read /proc", Identity::observe()) else { return };
@@ -262,7 +273,7 @@ impl Probe for IdentityProbe {
             if differences.is_empty() {
                 return;
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(BETWEEN_LOOKS);
         }
         differences.iter().for_each(|difference| findings.add(difference));
     }
