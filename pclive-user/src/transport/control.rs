@@ -121,6 +121,11 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
         }
     }
 
+    /// An error if the peer has ended the connection; what it sent before waits to be received.
+    pub fn check(&mut self) -> Result {
+        self.read_some().map(drop)
+    }
+
     /// Ends the conversation after the last message, and waits for the peer to close, at most for `limit`. Just to close
     /// would be unsafe: if something from the peer is unread then, TCP resets the connection, and the reset may overtake
     /// our last message.

@@ -23,8 +23,8 @@ use tokio::sync::Semaphore;
 
 /// Connections that have not said what they are, at most; more wait in the kernel's backlog.
 const MAX_STRANGERS: usize = 64;
-/// How often a wait for page streams looks whether it has been cancelled.
-const CANCELLATION_CHECK: Duration = Duration::from_millis(100);
+/// How often a wait for page streams looks whether somebody has ended the migration.
+const END_CHECK: Duration = Duration::from_millis(100);
 
 /// A migration that a source proposes.
 #[derive(Debug)]
@@ -56,18 +56,20 @@ impl Session {
         self.token
     }
 
-    /// Waits until all page streams that were proposed have arrived; they come in the order of their numbers.
-    pub fn streams(&self, limit: Duration) -> Result<Vec<PageReceiver>> {
+    /// Waits until all page streams that were proposed have arrived; they come in the order of their numbers. A source
+    /// that ends its control stream is not waited for.
+    pub fn streams(&self, limit: Duration, control: &mut DestinationChannel) -> Result<Vec<PageReceiver>> {
         let deadline = Instant::now() + limit;
         let mut streams: Vec<Option<PageReceiver>> = (0..self.expected).map(|_| None).collect();
         while streams.iter().any(Option::is_none) {
             self.cancellation.check()?;
+            control.check()?;
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::TimedOut { what: "page stream", peer: self.peer, limit });
             }
-            // In short waits, to notice a cancellation.
-            let Ok((index, stream)) = self.arrivals.recv_timeout(left.min(CANCELLATION_CHECK)) else {
+            // In short waits, to notice that it is over.
+            let Ok((index, stream)) = self.arrivals.recv_timeout(left.min(END_CHECK)) else {
                 continue;
             };
             match streams.get_mut(usize::from(index)) {

@@ -36,7 +36,7 @@ use crate::restore::Sandbox;
 use crate::restore::files::{FileError, OpenedFiles, open_files};
 use crate::restore::skeleton::{Skeleton, SkeletonError};
 use crate::runtime::{Bundle, BundleError, ContainerId, LinkError, Links, Room, Runtime, RuntimeError};
-use crate::transport::{self, DestinationChannel, Hangup, Incoming, PageReceiver, Session};
+use crate::transport::{self, DestinationChannel, Hangup, Incoming, PageReceiver};
 use gate::Gate;
 use nix::fcntl::{OFlag, open};
 use nix::sys::resource::UsageWho;
@@ -150,7 +150,10 @@ impl Destination {
         };
         peer.note(DestinationEvent::Prepared)?;
         peer.channel.send(&DestinationMessage::Accepted(Accepted { token: session.token(), facts }))?;
-        let built = Building::start(self.runtime.as_ref(), &bundle, &proposal, &session)
+        let built = session
+            .streams(PAGE_STREAMS, &mut peer.channel)
+            .map_err(DestinationError::from)
+            .and_then(|receivers| Building::start(self.runtime.as_ref(), &bundle, &proposal, receivers))
             .and_then(|building| building.run(&mut peer));
         match built {
             Ok(restore_us) => Ok(Ended::Running { restore_us }),
@@ -278,9 +281,8 @@ impl<'a> Building<'a> {
         runtime: &'a dyn Runtime,
         bundle: &'a Bundle,
         proposal: &Proposal,
-        session: &Session,
+        receivers: Vec<PageReceiver>,
     ) -> Result<Self, DestinationError> {
-        let receivers = session.streams(PAGE_STREAMS)?;
         let mut clock = Clock::start(Side::Destination);
         clock.enter("sandbox");
         let sandbox = make_sandbox(runtime, bundle)?;

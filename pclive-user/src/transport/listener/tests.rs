@@ -59,7 +59,7 @@ fn accept(incoming: &mut Incoming) {
 /// Takes the page streams, then waits for the commit and says how many barriers there were on stream 0.
 fn count_barriers(mut incoming: Incoming) {
     accept(&mut incoming);
-    let mut streams = incoming.session.streams(SOON).unwrap();
+    let mut streams = incoming.session.streams(SOON, &mut incoming.channel).unwrap();
     assert_eq!(incoming.channel.recv(SOON).unwrap(), SourceMessage::Commit);
     let mut barriers = 0;
     while let Ok(PageEvent::Barrier(_)) = streams[0].recv() {
@@ -138,7 +138,8 @@ fn only_the_streams_that_were_proposed_are_taken() {
     let (say, said) = channel();
     let server = Server::start(move |mut incoming| {
         accept(&mut incoming);
-        say.send(incoming.session.streams(Duration::from_millis(300)).map(|streams| streams.len())).unwrap();
+        let streams = incoming.session.streams(Duration::from_millis(300), &mut incoming.channel);
+        say.send(streams.map(|streams| streams.len())).unwrap();
     });
     for (indices, outcome) in [(&[0u16, 1][..], "ok"), (&[0], "late"), (&[0, 0], "odd"), (&[0, 2], "odd")] {
         let (_channel, accepted) = server.connect(proposal("a", 2)).unwrap();
@@ -152,6 +153,17 @@ fn only_the_streams_that_were_proposed_are_taken() {
         };
         assert_eq!(got, outcome, "{indices:?}");
     }
+}
+
+#[test]
+fn the_streams_of_a_source_that_has_gone_are_not_waited_for() {
+    let (say, said) = channel();
+    let server = Server::start(move |mut incoming| {
+        accept(&mut incoming);
+        say.send(incoming.session.streams(Duration::from_secs(60), &mut incoming.channel).map(drop)).unwrap();
+    });
+    drop(server.connect(proposal("a", 1)).unwrap());
+    assert!(matches!(said.recv_timeout(SOON).unwrap(), Err(Error::Closed(_))));
 }
 
 #[test]
