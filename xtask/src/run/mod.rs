@@ -37,9 +37,9 @@ pub struct Options {
     /// Rate of the hosts' links in Mbit/s, 0 for as fast as the machine can
     #[arg(long, default_value_t = 1000)]
     rate: u64,
-    /// Give the migration a link of its own between the hosts, which has that rate then instead of the clients' links
+    /// Let clients and migration share the hosts' links, instead of giving the migration one of its own
     #[arg(long)]
-    separate: bool,
+    shared: bool,
     /// Mean size of values in bytes; they are between 0.4 and 1.6 times as large
     #[arg(long, default_value_t = 2560)]
     value_bytes: usize,
@@ -87,7 +87,7 @@ impl Options {
         let rate = (self.rate > 0).then_some(BitRate(self.rate * 1_000_000));
         let mut options = vec!["--mode".to_owned(), self.mode.clone()];
         options.extend(self.migrate.iter().cloned());
-        let network = if self.separate { Network::Separate(rate) } else { Network::Shared(rate) };
+        let network = if self.shared { Network::Shared(rate) } else { Network::Separate(rate) };
         Experiment { load, network, options }
     }
 

@@ -51,7 +51,7 @@ impl Migration<'_> {
         };
         let pages: u64 = written.iter().map(left).sum();
         let pages_before = before.pages + before.patched_pages;
-        Ok((pages * before.bytes).checked_div(pages_before).unwrap_or(pages * PAGE_SIZE))
+        Ok(pages * before.bytes.checked_div(pages_before).unwrap_or(PAGE_SIZE))
     }
 
     /// One round of pages that were written since they were sent, without the hot ones.
