@@ -104,7 +104,7 @@ pub trait Runtime: fmt::Debug + Send + Sync {
         stdio: [BorrowedFd<'_>; 3],
     ) -> Result<SandboxProcess, RuntimeError>;
 
-    /// Makes a sandbox a container like any other, by removing that mark: at once, and for good. It takes microseconds.
+    /// Makes a sandbox a container like any other, by removing that mark: in one moment, and for good. To be called once.
     fn finish_sandbox(&self, id: &ContainerId) -> Result<(), RuntimeError>;
 
     /// Removes the sandbox that was made from `bundle` and is not finished, if there is one. Any other container of that

@@ -8,12 +8,15 @@
 //!
 //! Annotations are in that record too, as labels, and `runc state` shows them. So the mark of an unfinished sandbox comes
 //! into being and goes together with what it marks, also when the host is restarted. The record without the mark waits
-//! beside it; to finish the sandbox is to put the one into the other's place, by `rename(2)`.
+//! beside it; to finish the sandbox is to exchange the two. That happens in the blackout: to replace the one by the other
+//! would take ten times as long, because ext4 gives back what the replaced file had (0.4 ms instead of 0.03 ms in the
+//! phase `finish sandbox` of `cargo xtask run --size 64`).
 
 use super::bundle::UNFINISHED;
 use super::oci::CommandLine;
 use super::sandbox::{self, SandboxProcess};
 use super::{AnswerError, Bundle, ContainerId, ContainerState, Room, Runtime, RuntimeError};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::sys::signal::Signal;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -35,9 +38,10 @@ impl Runc {
         self.0.directory_of(id).join("state.json")
     }
 
-    /// The record as it will be when the sandbox is finished. runc takes no notice of it, and deletes it with the rest.
-    fn finished_record(&self, id: &ContainerId) -> PathBuf {
-        self.0.directory_of(id).join("pclive-finished.json")
+    /// The record as it will be when the sandbox is finished, and then the one that it was. runc takes no notice of it, and
+    /// deletes it with the rest.
+    fn other_record(&self, id: &ContainerId) -> PathBuf {
+        self.0.directory_of(id).join("pclive-other-state.json")
     }
 
     /// Replaces the record of the sandbox's configuration by that of the bundle's, and prepares the one without the mark.
@@ -54,7 +58,7 @@ impl Runc {
         if let Some(labels) = record["config"]["labels"].as_array_mut() {
             labels.retain(|label| !label.as_str().is_some_and(is_mark));
         }
-        replace(&self.finished_record(bundle.id()), &record)
+        replace(&self.other_record(bundle.id()), &record)
     }
 }
 
@@ -94,8 +98,14 @@ impl Runtime for Runc {
     }
 
     fn finish_sandbox(&self, id: &ContainerId) -> Result<(), RuntimeError> {
-        let path = self.record(id);
-        std::fs::rename(self.finished_record(id), &path).map_err(record_error("replace", &path))
+        let (path, other) = (self.record(id), self.other_record(id));
+        let exchanged = renameat2(AT_FDCWD, &other, AT_FDCWD, &path, RenameFlags::RENAME_EXCHANGE);
+        match exchanged {
+            // Not every file system can.
+            Err(nix::Error::EINVAL) => std::fs::rename(other, &path),
+            exchanged => exchanged.map_err(Into::into),
+        }
+        .map_err(record_error("replace", &path))
     }
 
     fn make_room(&self, bundle: &Bundle) -> Result<Room, RuntimeError> {
