@@ -7,7 +7,7 @@
 //! Scans tell that a page was written in each of the last rounds. That is most telling for the pages that matter most,
 //! because rounds get shorter and shorter.
 
-use pclive_wire::PageSet;
+use pclive_wire::{PageRange, PageSet};
 use std::collections::VecDeque;
 
 /// The recent rounds of one address space.
@@ -20,7 +20,7 @@ pub struct HotPages {
     /// The pages that were written in all of these.
     always: PageSet,
     /// What was written in this round so far.
-    written: PageSet,
+    written: Vec<PageRange>,
     held_back: PageSet,
 }
 
@@ -28,7 +28,7 @@ impl HotPages {
     /// Holds back pages that were written in each of the last `rounds` rounds. With 0 no page is ever held back.
     pub fn new(rounds: usize) -> Self {
         let none = PageSet::new;
-        Self { rounds, before: None, always: none(), written: none(), held_back: none() }
+        Self { rounds, before: None, always: none(), written: Vec::new(), held_back: none() }
     }
 
     /// Splits off what to send now of pages that were written.
@@ -37,23 +37,24 @@ impl HotPages {
         if self.before.is_none() || self.rounds == 0 {
             return written;
         }
-        let hot = match self.rounds {
-            1 => written.clone(),
-            _ => written.intersection(&self.always),
-        };
-        self.written = self.written.union(&written);
-        self.held_back = self.held_back.union(&hot);
-        written.difference(&hot)
+        self.written.extend_from_slice(written.ranges());
+        match self.rounds {
+            1 => PageSet::new(),
+            _ => written.difference(&self.always),
+        }
     }
 
     /// Ends the walk over what was written in this round. Returns pages that were held back and have rested: to be sent now.
     pub fn end_round(&mut self) -> PageSet {
-        let written = std::mem::take(&mut self.written);
+        let written: PageSet = self.written.drain(..).collect();
         let rested = self.held_back.difference(&written);
-        self.held_back = self.held_back.intersection(&written);
         let Some(before) = &mut self.before else {
             self.before = Some(VecDeque::new());
             return rested;
+        };
+        self.held_back = match self.rounds {
+            1 => written.clone(),
+            _ => written.intersection(&self.always),
         };
         before.push_front(written);
         before.truncate(self.rounds.saturating_sub(1));
@@ -80,7 +81,7 @@ impl HotPages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pclive_wire::{PAGE_SIZE, PageRange, VirtAddr};
+    use pclive_wire::{PAGE_SIZE, VirtAddr};
     use std::collections::BTreeSet;
 
     fn pages(numbers: &[u64]) -> PageSet {

@@ -77,7 +77,7 @@ impl Placement {
         let blocks_of_page = contents.chunks_exact(mask.blocks() * BLOCK_LEN);
         for (page, mut blocks) in (0..range.pages).zip(blocks_of_page) {
             let page = range.start.offset(page * PAGE_SIZE);
-            if !self.is_mapped(page) {
+            if !self.takes_page(page) {
                 continue;
             }
             for (at, len) in mask.parts() {
@@ -104,17 +104,19 @@ impl Placement {
         Ok(())
     }
 
-    fn is_mapped(&self, addr: VirtAddr) -> bool {
+    /// Whether a page can be placed here: a mapping that has none of its own is newer than the page.
+    fn takes_page(&self, addr: VirtAddr) -> bool {
         let next = self.vmas.partition_point(|vma| vma.range.end() <= addr);
-        self.vmas.get(next).is_some_and(|vma| vma.range.start <= addr)
+        self.vmas.get(next).is_some_and(|vma| vma.range.start <= addr && vma.has_own_pages())
     }
 
-    /// The parts of `range` that are mapped, and whether they are anonymous memory.
+    /// The parts of `range` that are mapped and have pages of their own, and whether they are anonymous memory.
     fn parts(&self, range: PageRange) -> Vec<(PageRange, bool)> {
         let first = self.vmas.partition_point(|vma| vma.range.end() <= range.start);
         self.vmas[first..]
             .iter()
             .take_while(|vma| vma.range.start < range.end())
+            .filter(|vma| vma.has_own_pages())
             .filter_map(|vma| Some((vma.range.intersection(&range)?, vma.backing == Backing::Anonymous)))
             .collect()
     }

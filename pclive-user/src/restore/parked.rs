@@ -290,12 +290,11 @@ impl Parked {
         Ok(threads.into_iter().try_for_each(Tracee::outlive_tracer)?)
     }
 
-    /// Lets all its threads run.
+    /// Lets all its threads run. One that cannot be let go does not keep the others.
     pub fn release(self) -> Result<(), ParkedError> {
-        for (_, thread) in self.threads {
-            thread.detach()?;
-        }
-        Ok(self.leader.detach()?)
+        let threads = self.threads.into_values().chain([self.leader]);
+        let detached: Vec<_> = threads.map(Tracee::detach).collect();
+        Ok(detached.into_iter().collect::<Result<(), _>>()?)
     }
 
     /// Its threads, the leader first.

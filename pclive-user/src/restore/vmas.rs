@@ -127,8 +127,19 @@ pub fn splice(new: &[Vma], upto: usize, old: &[Vma]) -> Vec<Vma> {
         return new.to_vec();
     }
     let border = new[upto].range.start;
-    let above = old.iter().filter(|vma| vma.range.start >= border);
-    new[..upto].iter().chain(above).cloned().collect()
+    let above = old.iter().filter_map(|vma| above(vma, border));
+    new[..upto].iter().cloned().chain(above).collect()
+}
+
+/// The part of a VMA above `border`.
+fn above(vma: &Vma, border: VirtAddr) -> Option<Vma> {
+    let mut part = vma.clone();
+    let cut = border.0.saturating_sub(vma.range.start.0);
+    if let Backing::File { offset, .. } = &mut part.backing {
+        *offset += cut;
+    }
+    part.range = PageRange::between(vma.range.start.offset(cut), vma.range.end().max(border));
+    (border < vma.range.end()).then_some(part)
 }
 
 /// Size of a regular file of the container whose root directory is `root`.
@@ -174,4 +185,34 @@ fn mremap(script: &mut Script, from: PageRange, to: VirtAddr) {
     let args: [Arg; 5] =
         [from.start.into(), from.bytes().into(), from.bytes().into(), flags.into(), to.into()];
     script.call_expecting(format!("mremap {from} to {to}"), libc::SYS_mremap, args, Expect::Exactly(to.0));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pclive_wire::PAGE_SIZE;
+
+    fn vma(first: u64, end: u64, prot: u8) -> Vma {
+        let range = PageRange::between(VirtAddr(first * PAGE_SIZE), VirtAddr(end * PAGE_SIZE));
+        let (offset, shared, size) = (first * PAGE_SIZE, false, 1 << 30);
+        let backing = Backing::File { path: b"/file".to_vec(), offset, shared, size };
+        Vma { range, prot, flags: VmaFlags::default(), backing }
+    }
+
+    /// A mapping that the border runs through keeps its pages on both sides of it.
+    #[test]
+    fn a_layout_is_reached_in_parts_as_in_one() {
+        let old = [vma(10, 30, 3), vma(40, 50, 3)];
+        let new = [vma(10, 15, 1), vma(15, 22, 3), vma(22, 30, 1), vma(44, 50, 3), vma(60, 70, 3)];
+        let direct = remap(&mut Script::new(), &old, &new);
+        for step in 1..=new.len() {
+            let (mut standing, mut mapped) = (old.to_vec(), Vec::new());
+            for upto in (step..new.len() + step).step_by(step) {
+                let part = splice(&new, upto, &old);
+                mapped.extend(remap(&mut Script::new(), &standing, &part));
+                standing = part;
+            }
+            assert_eq!((standing, mapped), (new.to_vec(), direct.clone()), "{step} at a time");
+        }
+    }
 }

@@ -20,6 +20,7 @@
 
 use crate::capture::SourceProcess;
 use crate::capture::process::{ProcessError, prepare_injection};
+use crate::capture::vmas::VmaReader;
 use nix::errno::Errno;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pagemap::{Categories, Filter, Pagemap, Region};
@@ -53,6 +54,9 @@ pub enum TrackError {
     /// A kernel interface said no.
     #[error(transparent)]
     Sys(#[from] pclive_sys::Error),
+    /// Two processes have one address space.
+    #[error("process {0} runs in the memory of another one")]
+    SharedMemory(HostPid),
     /// The userfaultfd could not be taken over.
     #[error("pidfd_getfd of {pid}")]
     TakeOver {
@@ -83,6 +87,16 @@ pub struct Dirty {
     pub absent: PageSet,
 }
 
+/// Bytes that are scanned, and protected, at a time. A huge page that a scan protects in part only is split: windows end
+/// where huge pages do.
+const WINDOW: u64 = 8 << 20;
+
+/// The part of `range` up to the end of the window that its first page is in.
+fn first_window(range: PageRange) -> PageRange {
+    let end = VirtAddr((range.start.0 / WINDOW + 1) * WINDOW);
+    PageRange::between(range.start, end.min(range.end()))
+}
+
 /// A round under way.
 #[derive(Debug)]
 pub struct Walk {
@@ -101,10 +115,6 @@ pub struct TrackedProcess {
     memory: Arc<ProcessMemory>,
     /// The layout of the last round.
     layout: Vec<Vma>,
-    /// Every page that was sent and not yet reported absent, but for those of `walked`.
-    sent: PageSet,
-    /// What rounds have walked over since `sent` was brought up to date.
-    walked: Vec<PageRange>,
     /// For how long the process was stopped to attach.
     pub stopped_for: Duration,
 }
@@ -112,34 +122,34 @@ pub struct TrackedProcess {
 impl TrackedProcess {
     /// Makes a userfaultfd in the address space of `process` and takes it over. The thread group leader is stopped for
     /// that time.
-    pub fn attach(process: &SourceProcess, vmas: &[Vma]) -> Result<Self, TrackError> {
-        let pid = process.pid;
-        let (memory, syscall) =
-            prepare_injection(pid, vmas).map_err(|source| TrackError::Inject { pid, source })?;
-        let pagemap = Pagemap::open(pid)?;
-        let tracee = Tracee::seize(pid, Seize::Source)?;
+    pub fn attach(process: &SourceProcess) -> Result<Self, TrackError> {
+        let tracee = Tracee::seize(process.pid, Seize::Source)?;
         tracee.interrupt()?;
         tracee.wait_trap()?;
         let stopped_at = Instant::now();
-        let taken = Borrowed::lend(&tracee, syscall, |borrowed| {
+        let attached = Self::attach_stopped(process, &tracee);
+        tracee.detach()?;
+        Ok(Self { stopped_for: stopped_at.elapsed(), ..attached? })
+    }
+
+    /// Everything here must be of one address space, which only a stopped process is sure to keep.
+    fn attach_stopped(process: &SourceProcess, tracee: &Tracee) -> Result<Self, TrackError> {
+        let pid = process.pid;
+        let inject = |source| TrackError::Inject { pid, source };
+        let mut vmas = VmaReader::new(pid);
+        let vmas = vmas.read().map_err(|source| inject(source.into()))?;
+        let (memory, syscall) = prepare_injection(pid, vmas).map_err(inject)?;
+        let pagemap = Pagemap::open(pid)?;
+        let taken = Borrowed::lend(tracee, syscall, |borrowed| {
             let arena = borrowed.map_arena(ARENA_SIZE, None)?;
             let taken = take_userfaultfd(borrowed, &arena, process);
             borrowed.unmap_arena(arena)?;
             taken
         });
-        tracee.detach()?;
-        let stopped_for = stopped_at.elapsed();
         let fd = taken?.map_err(|source| TrackError::TakeOver { pid, source })?;
-        let uffd = Uffd::adopt(fd, pid, Features::TRACKING)?;
-        Ok(Self {
-            uffd: Some(uffd),
-            pagemap,
-            memory: Arc::new(memory),
-            layout: Vec::new(),
-            sent: PageSet::new(),
-            walked: Vec::new(),
-            stopped_for,
-        })
+        let uffd = Some(Uffd::adopt(fd, pid, Features::TRACKING)?);
+        let memory = Arc::new(memory);
+        Ok(Self { uffd, pagemap, memory, layout: Vec::new(), stopped_for: Duration::ZERO })
     }
 
     /// A process that is stopped already: all its pages are dirty, and none will be written.
@@ -149,10 +159,13 @@ impl TrackedProcess {
             pagemap: Pagemap::open(pid)?,
             memory: Arc::new(ProcessMemory::open(pid)?),
             layout: Vec::new(),
-            sent: PageSet::new(),
-            walked: Vec::new(),
             stopped_for: Duration::ZERO,
         })
+    }
+
+    /// Whether writes are noticed.
+    pub fn is_tracked(&self) -> bool {
+        self.uffd.is_some()
     }
 
     /// The process's memory, to read pages from: by any thread, whatever becomes of the tracking meanwhile.
@@ -168,57 +181,50 @@ impl TrackedProcess {
         // Those that are written the walk will find.
         let is_unwritten = |region: &&Region| !region.categories.has(Categories::WRITTEN);
         let unwritten: PageSet = new.iter().filter(is_unwritten).map(|region| region.range).collect();
-        let own = layout.iter().filter(|vma| has_own_pages(vma));
-        self.note_walked();
+        let own = layout.iter().filter(|vma| vma.has_own_pages());
         self.layout = layout.to_vec();
         Ok(Walk { ahead: own.map(|vma| (vma.range, written(vma))).collect(), unwritten })
     }
 
-    /// The next pages of a round, about `pages` of them, which are protected again from now on; none at its end.
+    /// The next pages of a round, at least `pages` of them unless it ends, which are protected again from now on; none at
+    /// its end.
     ///
     /// They are protected only when it is their turn: a page that is written once more before is sent once.
-    pub fn next_pages(&mut self, walk: &mut Walk, pages: u64) -> Result<PageSet, TrackError> {
-        let mut found = Vec::new();
+    pub fn next_pages(&self, walk: &mut Walk, pages: u64) -> Result<PageSet, TrackError> {
+        let mut found: Vec<Region> = Vec::new();
         let mut room = pages;
         while let Some((range, filter)) = walk.ahead.front_mut()
             && room > 0
         {
-            let end = self.pagemap.scan_and_protect(*range, *filter, room, &mut found)?;
-            room = pages.saturating_sub(found.iter().map(|region| region.range.pages).sum());
-            match end < range.end() && room == 0 {
-                true => *range = PageRange::between(end, range.end()),
-                false => drop(walk.ahead.pop_front()),
+            let window = first_window(*range);
+            let before = found.len();
+            self.pagemap.scan_and_protect(window, *filter, &mut found)?;
+            room = room.saturating_sub(found[before..].iter().map(|region| region.range.pages).sum());
+            *range = PageRange::between(window.end(), range.end());
+            if range.is_empty() {
+                walk.ahead.pop_front();
             }
         }
-        let mut next: PageSet = found.iter().map(|region| region.range).collect();
-        if next.is_empty() {
-            next = std::mem::take(&mut walk.unwritten);
+        match found.is_empty() {
+            true => Ok(std::mem::take(&mut walk.unwritten)),
+            false => Ok(found.iter().map(|region| region.range).collect()),
         }
-        self.walked.extend_from_slice(next.ranges());
-        Ok(next)
-    }
-
-    /// Takes what was walked over into the set of pages sent.
-    fn note_walked(&mut self) {
-        let walked: PageSet = self.walked.drain(..).collect();
-        self.sent = self.sent.union(&walked);
     }
 
     /// The pages written since the last round. Protects nothing, and does not see mappings that are new since.
     pub fn written(&self) -> Result<PageSet, TrackError> {
         let mut found = Vec::new();
-        for vma in self.layout.iter().filter(|vma| has_own_pages(vma)) {
+        for vma in self.layout.iter().filter(|vma| vma.has_own_pages()) {
             self.pagemap.scan(vma.range, written(vma), &mut found)?;
         }
         Ok(found.iter().map(|region| region.range).collect())
     }
 
-    /// A round with every thread stopped: nothing is protected, and pages that have vanished are found.
-    pub fn last_round(&mut self, layout: &[Vma]) -> Result<Dirty, TrackError> {
+    /// A round with every thread stopped: nothing is protected, and pages of `sent` that have vanished are found.
+    pub fn last_round(&mut self, layout: &[Vma], sent: &PageSet) -> Result<Dirty, TrackError> {
         self.register_all(layout)?;
-        self.note_walked();
         let (mut found, mut there) = (Vec::new(), Vec::new());
-        for vma in layout.iter().filter(|vma| has_own_pages(vma)) {
+        for vma in layout.iter().filter(|vma| vma.has_own_pages()) {
             let first = found.len();
             self.pagemap.scan(vma.range, populated(vma), &mut found)?;
             let marks = vma.backing != Backing::Anonymous;
@@ -230,24 +236,24 @@ impl TrackedProcess {
         self.populated_of_new(layout, &mut found)?;
         let written: PageSet = found.iter().map(|region| region.range).collect();
         let of = |anonymous: bool| -> PageSet {
-            let wanted = |vma: &&Vma| has_own_pages(vma) && (vma.backing == Backing::Anonymous) == anonymous;
+            let wanted = |vma: &&Vma| vma.has_own_pages() && (vma.backing == Backing::Anonymous) == anonymous;
             layout.iter().filter(wanted).map(|vma| vma.range).collect()
         };
         // What is no longer mapped goes away with its mapping.
-        let vanished = self.sent.difference(&populated);
-        let dirty = Dirty {
+        let vanished = sent.difference(&populated);
+        self.layout = layout.to_vec();
+        Ok(Dirty {
             written: written.union(&vanished.intersection(&of(false))),
             absent: vanished.intersection(&of(true)),
-        };
-        // The freeze may be taken back, and be followed by another one.
-        self.sent = self.sent.difference(&dirty.absent).union(&dirty.written);
-        self.layout = layout.to_vec();
-        Ok(dirty)
+        })
     }
 
     /// Registers everything that can be, in as few ranges as there are between mappings that cannot be: never a part of a
     /// mapping, even if `layout` is no longer true. A part would be split off, and since Linux 6.17 an `mremap(2)` by the
     /// process across the two would move the first and then fail at the second (`remap_move` in mm/mremap.c).
+    ///
+    /// [`TrackError::SharedMemory`] if somebody else's userfaultfd is registered: that of the parent, in whose memory a
+    /// child of `vfork` runs. Its pages are the parent's, and its scans would take the parent's dirty bits away.
     ///
     /// `ESRCH` if the process has executed another program since: `layout` is then that of an address space which this
     /// value knows nothing of, and scans of the old one would find nothing.
@@ -256,11 +262,10 @@ impl TrackedProcess {
         for range in registrable(layout) {
             match uffd.register(range, Mode::WriteProtect) {
                 // No mapping in this range, or a new one that cannot be registered: the next round knows of it.
-                Err(e)
-                    if matches!(
-                        e.errno(),
-                        Some(Errno::EINVAL | Errno::ENOMEM | Errno::EPERM | Errno::EBUSY)
-                    ) => {}
+                Err(e) if matches!(e.errno(), Some(Errno::EINVAL | Errno::ENOMEM | Errno::EPERM)) => {}
+                Err(e) if e.errno() == Some(Errno::EBUSY) => {
+                    return Err(TrackError::SharedMemory(uffd.pid()));
+                }
                 registered => registered?,
             }
         }
@@ -272,7 +277,7 @@ impl TrackedProcess {
         if self.layout == layout {
             return Ok(());
         }
-        let private: Vec<Vma> = layout.iter().filter(|vma| has_own_pages(vma)).cloned().collect();
+        let private: Vec<Vma> = layout.iter().filter(|vma| vma.has_own_pages()).cloned().collect();
         for new in mapped_anew(&self.layout, &private) {
             // Never more than one mapping.
             for vma in private.iter().filter(|vma| vma.range.intersection(&new).is_some()) {
@@ -327,22 +332,13 @@ fn take_userfaultfd(
 fn registrable(layout: &[Vma]) -> Vec<PageRange> {
     let mut ranges = Vec::new();
     let mut start = VirtAddr(PAGE_SIZE);
-    for barrier in layout.iter().filter(|vma| !has_own_pages(vma)) {
+    for barrier in layout.iter().filter(|vma| !vma.has_own_pages()) {
         ranges.push(PageRange::between(start, barrier.range.start));
         start = barrier.range.end();
     }
     ranges.push(PageRange::between(start, VirtAddr(USER_END - PAGE_SIZE)));
     ranges.retain(|range| !range.is_empty());
     ranges
-}
-
-/// Whether a mapping has pages of its own, which must travel.
-pub fn has_own_pages(vma: &Vma) -> bool {
-    match vma.backing {
-        Backing::Anonymous => true,
-        Backing::File { shared, .. } => !shared,
-        Backing::Shared { .. } | Backing::Special(_) => false,
-    }
 }
 
 /// Splits ranges into batches of at most `pages` pages, splitting ranges where needed.

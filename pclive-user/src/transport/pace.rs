@@ -19,13 +19,14 @@ impl Pace {
         Self { bucket: Arc::new(Mutex::new(bucket)), epoch: Instant::now() }
     }
 
-    /// Sleeps until `bytes` may be sent.
-    pub fn wait(&self, bytes: u64) {
+    /// Sleeps until `bytes` may be sent; returns for how long.
+    pub fn wait(&self, bytes: u64) -> Duration {
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         let wait = bucket.take(bytes, self.epoch.elapsed());
         drop(bucket);
         if wait > Duration::ZERO {
             std::thread::sleep(wait);
         }
+        wait
     }
 }

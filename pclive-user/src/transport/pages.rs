@@ -79,6 +79,7 @@ pub struct PageSender {
     order: StreamOrder,
     in_flight: InFlight,
     pace: Option<Pace>,
+    paced: Duration,
     bytes: u64,
     sends: u64,
 }
@@ -93,12 +94,27 @@ impl PageSender {
         configure(&stream, peer, STALL)?;
         let in_flight = InFlight::new(zerocopy::enable(&stream).is_ok());
         let pool = BufferPool::new(BUFFERS)?;
-        Ok(Self { stream, peer, pool, order: StreamOrder::default(), in_flight, pace, bytes: 0, sends: 0 })
+        Ok(Self {
+            stream,
+            peer,
+            pool,
+            order: StreamOrder::default(),
+            in_flight,
+            pace,
+            paced: Duration::ZERO,
+            bytes: 0,
+            sends: 0,
+        })
     }
 
     /// A handle that ends the stream from another thread.
     pub fn hangup(&self) -> Result<Hangup> {
         self.stream.try_clone().map(Hangup).map_err(socket("clone the connection to", self.peer))
+    }
+
+    /// For how long it has waited for its rate limit so far.
+    pub fn paced(&self) -> Duration {
+        self.paced
     }
 
     /// Sends as fast as the network can from now on.
@@ -146,7 +162,7 @@ impl PageSender {
             encode_batch(process, self.order.round(), runs, head).map_err(self.malformed())?;
         let contents_len = header.contents_len();
         if let Some(pace) = &self.pace {
-            pace.wait((head_len + contents_len) as u64);
+            self.paced += pace.wait((head_len + contents_len) as u64);
         }
         let first = self.in_flight.sends();
         let mut parts =

@@ -111,35 +111,20 @@ impl Pagemap {
 
     /// Appends the matching pages of `range` to `found`.
     pub fn scan(&self, range: PageRange, filter: Filter, found: &mut Vec<Region>) -> Result<()> {
-        self.walk(range, filter, 0, u64::MAX, found).map(drop)
+        self.walk(range, filter, 0, found)
     }
 
     /// Like [`Pagemap::scan`], and write-protects every page it returns, atomically with looking at it. Ranges that are
     /// not registered for tracking are passed over.
-    ///
-    /// Stops when it has found `pages` pages; returns where.
-    pub fn scan_and_protect(
-        &self,
-        range: PageRange,
-        filter: Filter,
-        pages: u64,
-        found: &mut Vec<Region>,
-    ) -> Result<VirtAddr> {
-        self.walk(range, filter, PM_SCAN_WP_MATCHING, pages, found)
+    pub fn scan_and_protect(&self, range: PageRange, filter: Filter, found: &mut Vec<Region>) -> Result<()> {
+        self.walk(range, filter, PM_SCAN_WP_MATCHING, found)
     }
 
-    fn walk(
-        &self,
-        range: PageRange,
-        filter: Filter,
-        flags: u64,
-        mut pages: u64,
-        found: &mut Vec<Region>,
-    ) -> Result<VirtAddr> {
+    fn walk(&self, range: PageRange, filter: Filter, flags: u64, found: &mut Vec<Region>) -> Result<()> {
         let mut regions = [RawRegion::default(); 512];
         let mut next = range.start.0;
         let inverted = filter.without;
-        while next < range.end().0 && pages > 0 {
+        while next < range.end().0 {
             let mut arg = ScanArg {
                 size: size_of::<ScanArg>() as u64,
                 flags,
@@ -147,7 +132,6 @@ impl Pagemap {
                 end: range.end().0,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
-                max_pages: pages,
                 category_inverted: inverted.0,
                 category_mask: filter.all.or(inverted).0,
                 category_anyof_mask: filter.any.0,
@@ -161,16 +145,15 @@ impl Pagemap {
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(_) => check_range("PAGEMAP_SCAN", range, -1)?,
             };
-            for raw in &regions[..filled as usize] {
-                let range = PageRange::between(VirtAddr(raw.start), VirtAddr(raw.end));
-                pages = pages.saturating_sub(range.pages);
-                found.push(Region { range, categories: Categories(raw.categories) });
-            }
+            found.extend(regions[..filled as usize].iter().map(|raw| Region {
+                range: PageRange::between(VirtAddr(raw.start), VirtAddr(raw.end)),
+                categories: Categories(raw.categories),
+            }));
             if arg.walk_end <= next {
                 break;
             }
             next = arg.walk_end;
         }
-        Ok(VirtAddr(next))
+        Ok(())
     }
 }

@@ -314,7 +314,11 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ptrace::Seize;
+    use crate::Error;
+    use crate::mem::ProcessMemory;
+    use crate::ptrace::{Seize, Tracee};
+    use nix::errno::Errno;
+    use pclive_wire::PageRange;
     use std::process::{Child, Command};
 
     const ARENA: u64 = 64 * 1024;

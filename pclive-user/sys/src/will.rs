@@ -127,7 +127,7 @@ fn execute(kept: &[RawFd], text: RawFd, dead: RawFd) -> ! {
         close_all_but(kept);
         let mut byte = 0u8;
         // The other end is never written to: this returns 0 when it is closed, or fails when it is interrupted.
-        while libc::read(dead, (&raw mut byte).cast(), 1) != 0 {}
+        while libc::read(dead, (&raw mut byte).cast(), 1) < 0 && *libc::__errno_location() == libc::EINTR {}
         let mut length = 0u64;
         if libc::pread(text, (&raw mut length).cast(), LENGTH_SIZE, 0) == LENGTH_SIZE as isize && length > 0 {
             carry_out(text, length as usize);

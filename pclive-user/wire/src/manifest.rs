@@ -78,6 +78,17 @@ pub struct Vma {
     pub backing: Backing,
 }
 
+impl Vma {
+    /// Whether it has pages of its own, which must travel: not those of a file or of memory that others share.
+    pub fn has_own_pages(&self) -> bool {
+        match self.backing {
+            Backing::Anonymous => true,
+            Backing::File { shared, .. } => !shared,
+            Backing::Shared { .. } | Backing::Special(_) => false,
+        }
+    }
+}
+
 /// Mapping attributes that must be set again at the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmaFlags(pub u16);

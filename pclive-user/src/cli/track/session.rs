@@ -6,7 +6,6 @@ use crate::{
     runtime::{Cgroup, CgroupError},
     track::{
         Heat, WriteObserver,
-        attach::has_own_pages,
         observer::{ChangeKind, Drained, FaultSource, Lost, now},
     },
 };
@@ -131,7 +130,7 @@ impl Session {
         let (mut processes, mut own) = (Vec::new(), HashMap::new());
         for (process, written) in round {
             let Some(&pid) = host_pids.get(&process.pid) else { continue };
-            let mappings = process.vmas.iter().filter(|vma| has_own_pages(vma));
+            let mappings = process.vmas.iter().filter(|vma| vma.has_own_pages());
             own.insert(pid, mappings.map(|vma| vma.range).collect::<PageSet>());
             let events = drained.writes.iter().filter(|write| write.pid == pid).count() as u64;
             let changes = drained.changes.iter().filter(|change| change.pid == pid).count() as u64;

@@ -8,9 +8,11 @@ use crate::capture::tree::{TreeError, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
 use crate::runtime::{Cgroup, CgroupError};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
+use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::manifest::{Process, Thread};
-use pclive_wire::{HostPid, NsPid, PageSet};
+use pclive_wire::{HostPid, NsPid, PageRange, PageSet};
+use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,7 +65,7 @@ impl Live {
             let tracked = match &mut self.tracked {
                 Some(tracked) => tracked,
                 none => {
-                    let attached = TrackedProcess::attach(process, &layout.vmas).map_err(track)?;
+                    let attached = TrackedProcess::attach(process).map_err(track)?;
                     *attach_stop += attached.stopped_for;
                     none.insert(attached)
                 }
@@ -83,6 +85,7 @@ impl Live {
         process: &SourceProcess,
         parent: NsPid,
         threads: Vec<Thread>,
+        sent: &PageSet,
     ) -> Result<(Process, LastPages), ContainerError> {
         let pid = process.pid;
         let track = |source| ContainerError::Track { pid, source };
@@ -93,7 +96,7 @@ impl Live {
                 Some(tracked) => tracked,
                 none => none.insert(TrackedProcess::untracked(pid).map_err(track)?),
             };
-            match tracked.last_round(&layout.vmas) {
+            match tracked.last_round(&layout.vmas, sent) {
                 Ok(dirty) => return Ok((layout, (tracked.memory(), dirty))),
                 Err(error) if error.is_gone() => self.tracked = None,
                 Err(error) => return Err(track(error)),
@@ -110,6 +113,9 @@ pub struct Container {
     /// Parents before children.
     processes: Vec<SourceProcess>,
     live: HashMap<HostPid, Live>,
+    /// Every page that was found to be sent and is not reported absent, by the number that the destination knows a process
+    /// by: what it was sent stays there when the process executes another program.
+    sent: HashMap<NsPid, Vec<PageRange>>,
     attach_stop: Duration,
 }
 
@@ -121,6 +127,7 @@ impl Container {
             env: ContainerEnv::open(init)?,
             processes: Vec::new(),
             live: HashMap::new(),
+            sent: HashMap::new(),
             attach_stop: Duration::ZERO,
         };
         container.refresh()?;
@@ -187,6 +194,11 @@ impl Container {
         for pid in &gone {
             self.live.remove(pid);
         }
+        self.sent.retain(|pid, _| round.iter().any(|(layout, _)| layout.pid == *pid));
+        for ranges in self.sent.values_mut() {
+            // Merged, or every round would make the list longer.
+            *ranges = ranges.drain(..).collect::<PageSet>().ranges().to_vec();
+        }
         Ok(round)
     }
 
@@ -197,22 +209,23 @@ impl Container {
         walk: &mut Walk,
         pages: u64,
     ) -> Result<Option<PageSet>, ContainerError> {
-        let Some((pid, tracked)) = self.tracked(pid) else { return Ok(None) };
-        match tracked.next_pages(walk, pages) {
-            Ok(found) => Ok((!found.is_empty()).then_some(found)),
-            Err(error) if error.is_gone() => Ok(None),
-            Err(source) => Err(ContainerError::Track { pid, source }),
-        }
+        let Some((host_pid, tracked)) = self.tracked(pid) else { return Ok(None) };
+        let found = match tracked.next_pages(walk, pages) {
+            Err(error) if error.is_gone() => return Ok(None),
+            found => found.map_err(|source| ContainerError::Track { pid: host_pid, source })?,
+        };
+        self.sent.entry(pid).or_default().extend_from_slice(found.ranges());
+        Ok((!found.is_empty()).then_some(found))
     }
 
     /// The memory of a process whose round has begun.
-    pub fn memory(&mut self, pid: NsPid) -> Option<Arc<ProcessMemory>> {
+    pub fn memory(&self, pid: NsPid) -> Option<Arc<ProcessMemory>> {
         self.tracked(pid).map(|(_, tracked)| tracked.memory())
     }
 
-    fn tracked(&mut self, pid: NsPid) -> Option<(HostPid, &mut TrackedProcess)> {
+    fn tracked(&self, pid: NsPid) -> Option<(HostPid, &TrackedProcess)> {
         let pid = self.processes.iter().find(|process| process.ns_pid == pid)?.pid;
-        Some((pid, self.live.get_mut(&pid)?.tracked.as_mut()?))
+        Some((pid, self.live.get(&pid)?.tracked.as_ref()?))
     }
 
     /// The pages that each process has written since they were last sent.
@@ -252,6 +265,15 @@ impl Container {
         Ok(stopped)
     }
 
+    /// Processes that run in the memory of their parent, as between `vfork` and `exec`: a state that passes.
+    pub fn sharing_memory(&self) -> Vec<NsPid> {
+        let shares = |process: &&SourceProcess| {
+            let order = compare_tasks(process.parent, process.pid, Shared::Vm);
+            process.ns_pid != NsPid(1) && order.is_ok_and(Ordering::is_eq)
+        };
+        self.processes.iter().filter(shares).map(|process| process.ns_pid).collect()
+    }
+
     /// The layout and the last dirty pages of every process. All threads are stopped.
     pub fn last_round(
         &mut self,
@@ -263,9 +285,22 @@ impl Container {
             let live = self.live.get_mut(&process.pid).expect("every process has an entry");
             let threads =
                 stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
-            round.push(live.last_round(process, parent, threads)?);
+            let sent: PageSet = self.sent.remove(&process.ns_pid).into_iter().flatten().collect();
+            let (layout, (memory, dirty)) = live.last_round(process, parent, threads, &sent)?;
+            // The freeze may be taken back, and be followed by another one.
+            let sent = sent.difference(&dirty.absent).union(&dirty.written);
+            self.sent.insert(process.ns_pid, sent.ranges().to_vec());
+            round.push((layout, (memory, dirty)));
         }
+        self.sent.retain(|pid, _| round.iter().any(|(layout, _)| layout.pid == *pid));
         Ok(round)
+    }
+
+    /// The processes run on: those that are not tracked must be attached to anew.
+    pub fn thawed(&mut self) {
+        for live in self.live.values_mut() {
+            live.tracked.take_if(|tracked| !tracked.is_tracked());
+        }
     }
 
     /// Ends the tracking: nothing of pclive stays in the processes.
@@ -290,9 +325,12 @@ fn has_ended(pid: HostPid) -> bool {
     stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0)
 }
 
+/// Whether a process has to be left out of a round.
 fn is_gone(error: &ContainerError) -> bool {
     match error {
         ContainerError::Tree(error) => error.is_gone(),
+        // In the memory of its parent it has no pages of its own until it executes a program.
+        ContainerError::Track { source: TrackError::SharedMemory(_), .. } => true,
         ContainerError::Process { pid, .. } | ContainerError::Track { pid, .. } => has_ended(*pid),
         _ => false,
     }

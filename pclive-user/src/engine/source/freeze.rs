@@ -89,6 +89,7 @@ impl Migration<'_> {
             process.resume().map_err(|source| ContainerError::Stop { pid, source })
         };
         let resumed: Vec<_> = stopped.into_iter().map(resume).collect();
+        self.container.thawed();
         self.clock.leave();
         thawed?;
         up?;
@@ -100,12 +101,9 @@ impl Migration<'_> {
         stopped: &[StoppedProcess],
     ) -> Result<Result<SocketCapture, Vec<String>>, MigrateError> {
         let start = Instant::now();
-        let unreaped = unreaped(self.container.processes()).map_err(ContainerError::from)?;
-        if !unreaped.is_empty() {
-            let reason = |(parent, child)| {
-                format!("process {parent} has not yet waited for its child {child}, which ended")
-            };
-            return Ok(Err(unreaped.into_iter().map(reason).collect()));
+        let transient = self.passing_states()?;
+        if !transient.is_empty() {
+            return Ok(Err(transient));
         }
         self.clock.enter("last dirty pages");
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
@@ -131,6 +129,17 @@ impl Migration<'_> {
         }
         self.clock.enter("send state");
         self.send_last(processes, files).map(Ok)
+    }
+
+    /// States of the process tree that cannot be moved, but pass.
+    fn passing_states(&self) -> Result<Vec<String>, MigrateError> {
+        let unreaped = unreaped(self.container.processes()).map_err(ContainerError::from)?;
+        let unreaped = unreaped.into_iter().map(|(parent, child)| {
+            format!("process {parent} has not yet waited for its child {child}, which ended")
+        });
+        let sharing = self.container.sharing_memory().into_iter();
+        let sharing = sharing.map(|pid| format!("process {pid} runs in the memory of its parent"));
+        Ok(unreaped.chain(sharing).collect())
     }
 
     fn send_last(
@@ -181,10 +190,8 @@ fn send_last_pages(
     hot: &mut HashMap<NsPid, HotPages>,
 ) -> Result<RoundSummary, SendError> {
     for (pid, (memory, dirty)) in pages {
-        outgoing.pages(pid, &memory, &dirty.written)?;
-        if let Some(hot) = hot.get_mut(&pid) {
-            outgoing.pages(pid, &memory, &hot.take_held_back())?;
-        }
+        let held_back = hot.get_mut(&pid).map(HotPages::take_held_back).unwrap_or_default();
+        outgoing.pages(pid, &memory, &dirty.written.union(&held_back))?;
         outgoing.absent(pid, &dirty.absent)?;
     }
     outgoing.end()

@@ -152,7 +152,7 @@ fn is_zero(page: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::track::digests::Secret;
+    use crate::track::digests::random_seed;
     use pclive_wire::page_frame::BLOCK_LEN;
 
     fn range(start: u64, pages: u64) -> PageRange {
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn of_a_page_sent_before_only_changed_blocks_travel() {
-        let mut digests = Digests::new(Secret::random().unwrap());
+        let mut digests = Digests::new(random_seed().unwrap());
         let pages = [range(10, 4)];
         compact(&pages, &[], &mut filled(&[1, 2, 3, 4]), Some(&mut digests));
 

@@ -26,40 +26,43 @@ impl Migration<'_> {
             fixed_cost: FIXED_COST,
         };
         let mut bandwidth = Bandwidth::default();
-        let mut left = Vec::new();
+        let (mut left, mut expected) = (Vec::new(), None);
         if self.options.mode.freezes_first() {
             return Ok(());
         }
         while decide(&left, &bandwidth, &limits) == Decision::Round {
             self.cancellation.check()?;
-            let report = self.round()?;
-            bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us));
-            let bytes = self.left_to_send(&report)?;
+            let paced = self.sender.paced();
+            let report = self.round(expected)?;
+            // The blackout will know no rate limit.
+            let paced = self.sender.paced() - paced;
+            bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us).saturating_sub(paced));
+            let pages = self.left_to_send()?;
+            let bytes = pages * bytes_per_page(&report);
+            expected = Some(pages);
             self.progress.round_over(&report, predicted_blackout(bytes, &bandwidth, &limits));
             left.push(bytes);
         }
         Ok(())
     }
 
-    /// About how many bytes would have to be sent if the container were frozen now: a page costs what one cost in the
-    /// round before.
-    fn left_to_send(&self, before: &RoundReport) -> Result<u64, MigrateError> {
+    /// How many pages would have to be sent if the container were frozen now.
+    fn left_to_send(&self) -> Result<u64, MigrateError> {
         let written = self.container.written()?;
         let left = |(pid, written): (&NsPid, &PageSet)| match self.hot.get(pid) {
             Some(hot) => hot.held_back().union(written).pages(),
             None => written.pages(),
         };
-        let pages: u64 = written.iter().map(left).sum();
-        let pages_before = before.pages + before.patched_pages;
-        Ok(pages * before.bytes.checked_div(pages_before).unwrap_or(PAGE_SIZE))
+        Ok(written.iter().map(left).sum())
     }
 
-    /// One round of pages that were written since they were sent, without the hot ones.
-    fn round(&mut self) -> Result<RoundReport, MigrateError> {
+    /// One round of pages that were written since they were sent, without the hot ones; about `expected` of them.
+    fn round(&mut self, expected: Option<u64>) -> Result<RoundReport, MigrateError> {
         let start = Instant::now();
         let (layouts, walks): (Vec<Process>, Vec<Walk>) = self.container.begin_round()?.into_iter().unzip();
         let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
-        self.progress.round(self.round, self.container.written()?.values().map(PageSet::pages).sum());
+        let expected = expected.map_or_else(|| self.left_to_send(), Ok)?;
+        self.progress.round(self.round, expected);
         self.begin_round(layouts)?;
         self.hot.retain(|pid, _| pids.contains(pid));
         let mut dirty_pages = 0;
@@ -136,4 +139,9 @@ impl Migration<'_> {
         self.round = Round(self.round.0 + 1);
         Ok(())
     }
+}
+
+/// What a page cost in a round, patched or whole.
+fn bytes_per_page(round: &RoundReport) -> u64 {
+    round.bytes.checked_div(round.pages + round.patched_pages).unwrap_or(PAGE_SIZE)
 }

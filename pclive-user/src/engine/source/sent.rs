@@ -1,6 +1,6 @@
 //! What the destination has, as far as the source needs to know it: to send only what differs.
 
-use crate::track::digests::{Digests, Secret};
+use crate::track::digests::{Digests, random_seed};
 use pclive_wire::NsPid;
 use pclive_wire::layout::mapped_anew;
 use pclive_wire::manifest::{Process, Vma};
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 /// Everything that has been sent on one connection.
 #[derive(Debug)]
 pub struct Sent {
-    secret: Secret,
+    seed: u64,
     processes: HashMap<NsPid, AddressSpace>,
 }
 
@@ -22,7 +22,7 @@ struct AddressSpace {
 impl Sent {
     /// Nothing yet.
     pub fn nothing() -> Result<Self, getrandom::Error> {
-        Ok(Self { secret: Secret::random()?, processes: HashMap::new() })
+        Ok(Self { seed: random_seed()?, processes: HashMap::new() })
     }
 
     /// Notes that the destination makes its skeleton equal to these processes: it ends the others, and loses the pages of
@@ -30,10 +30,9 @@ impl Sent {
     pub fn reconciled(&mut self, processes: &[Process]) {
         let mut before = std::mem::take(&mut self.processes);
         for process in processes {
-            let mut space = before.remove(&process.pid).unwrap_or_else(|| AddressSpace {
-                layout: Vec::new(),
-                digests: Digests::new(self.secret.clone()),
-            });
+            let mut space = before
+                .remove(&process.pid)
+                .unwrap_or_else(|| AddressSpace { layout: Vec::new(), digests: Digests::new(self.seed) });
             for range in mapped_anew(&space.layout, &process.vmas) {
                 space.digests.forget(range);
             }

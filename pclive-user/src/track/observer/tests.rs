@@ -188,7 +188,7 @@ fn every_write_to_a_protected_page_is_seen_once_until_it_is_protected_again() {
         let process = source_process(worker.pid());
         let mut vmas = VmaReader::new(process.pid);
         let layout = vmas.read().unwrap();
-        let mut tracked = TrackedProcess::attach(&process, layout).unwrap();
+        let mut tracked = TrackedProcess::attach(&process).unwrap();
         let mut protect = || {
             let mut walk = tracked.begin_round(layout).unwrap();
             tracked.next_pages(&mut walk, u64::MAX).unwrap()
