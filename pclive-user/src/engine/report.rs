@@ -75,7 +75,7 @@ pub struct ZerocopyReport {
 pub struct Observed {
     /// Write faults.
     pub writes: u64,
-    /// Changes of address spaces and of the process tree.
+    /// Changes of the process tree.
     pub changes: u64,
     /// Events that did not fit the buffers. The dirty sets come from scans, so no page is lost with them.
     pub lost: u64,

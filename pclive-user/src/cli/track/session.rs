@@ -6,7 +6,7 @@ use crate::{
     runtime::{Cgroup, CgroupError},
     track::{
         Heat, WriteObserver,
-        observer::{ChangeKind, Drained, FaultSource, Lost, now},
+        observer::{ChangeKind, Drained, FaultSource, Lost, Watch, now},
     },
 };
 use anyhow::Result;
@@ -79,7 +79,8 @@ impl Session {
     /// Attaches to the container whose PID 1 is `init`.
     pub fn start(init: HostPid, source: Option<FaultSource>, audit: bool) -> Result<Self> {
         let cgroup = Cgroup::of(init)?;
-        let observer = source.map(|source| WriteObserver::attach(&cgroup, source)).transpose()?;
+        let observer =
+            source.map(|source| WriteObserver::attach(&cgroup, source, Watch::Everything)).transpose()?;
         let mut session = Self {
             cgroup,
             container: Container::open(init)?,

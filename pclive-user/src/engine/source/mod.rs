@@ -33,7 +33,7 @@ use crate::host::{self, HostError};
 use crate::policy::hot::HotPages;
 use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
-use crate::track::observer::ObserveError;
+use crate::track::observer::{ObserveError, Watch};
 use crate::track::{Heat, Tier, WriteObserver};
 use crate::transport::{self, Cancellation, Pace, PageSender, SourceChannel};
 use freeze::{Frozen, Handed};
@@ -194,7 +194,8 @@ pub fn migrate(
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
     let source = options.tracker.fault_source();
-    let observer = source.map(|source| WriteObserver::attach(container.cgroup(), source)).transpose()?;
+    let observer =
+        source.map(|source| WriteObserver::attach(container.cgroup(), source, Watch::Writes)).transpose()?;
     let mut migration = Migration {
         options,
         runtime,

@@ -37,7 +37,7 @@ impl TestCgroup {
 
     fn observe(&self, source: FaultSource, sizes: RingSizes) -> Result<WriteObserver> {
         let anchor = Worker::start(&self.path);
-        WriteObserver::attach_with(&Cgroup::of(anchor.pid()).unwrap(), source, sizes)
+        WriteObserver::attach_with(&Cgroup::of(anchor.pid()).unwrap(), source, Watch::Everything, sizes)
     }
 }
 
