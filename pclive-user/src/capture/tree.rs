@@ -156,3 +156,10 @@ pub fn unreaped(processes: &[SourceProcess]) -> Result<Vec<(NsPid, HostPid)>, Tr
     }
     Ok(found)
 }
+
+/// Whether a process or thread no longer runs: its number is free, it waits to be reaped, or it is on its way there.
+pub fn has_ended(pid: HostPid) -> bool {
+    const PF_EXITING: u32 = 4; // include/linux/sched.h
+    let stat = ProcfsProcess::new(pid.0).and_then(|process| process.stat());
+    stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0)
+}

@@ -4,6 +4,7 @@
 
 use super::error::FileError;
 use super::fdinfo::FdInfo;
+use crate::capture::tree::has_ended;
 use crate::capture::{Access, SourceProcess};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat, readlinkat};
@@ -13,7 +14,6 @@ use pclive_wire::{HostPid, NsPid};
 use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
-use std::path::Path;
 
 /// A descriptor number in a process; says so in errors and obstacles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,9 +67,8 @@ impl TableReader {
     /// All descriptors of a process, by number. While the container runs, those that are closed meanwhile are left out,
     /// and a process that ends meanwhile has none.
     pub fn read(&mut self, index: usize, process: &SourceProcess) -> Result<Vec<OpenFd>, FileError> {
-        let has_ended = || !Path::new(&format!("/proc/{}", process.pid)).exists();
         match self.read_table(index, process) {
-            Err(_) if self.access == Access::Survey && has_ended() => Ok(Vec::new()),
+            Err(_) if self.access == Access::Survey && has_ended(process.pid) => Ok(Vec::new()),
             result => result,
         }
     }

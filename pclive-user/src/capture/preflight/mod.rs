@@ -13,7 +13,7 @@ mod strays;
 mod tests;
 
 use super::env::ContainerEnv;
-use super::tree::TreeError;
+use super::tree::{TreeError, has_ended};
 use super::vmas::VmaError;
 use super::{Obstacles, SourceProcess};
 use nix::errno::Errno;
@@ -85,16 +85,11 @@ pub fn survey(
             .and_then(|()| namespaces::survey_process(process, init, obstacles))
             .and_then(|()| memory::survey(process, obstacles));
         match result {
-            Err(_) if is_gone(process.pid) => {}
+            Err(_) if has_ended(process.pid) => {}
             result => result?,
         }
     }
     Ok(())
-}
-
-/// Whether a process or thread has ended.
-fn is_gone(pid: HostPid) -> bool {
-    !std::path::Path::new(&format!("/proc/{pid}")).exists()
 }
 
 /// Reads a file in `/proc/PID`.

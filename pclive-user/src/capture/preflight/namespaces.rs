@@ -1,7 +1,7 @@
 //! Namespaces: the container has its own, made by the runtime, and all of its processes are in them.
 
 use super::PreflightError;
-use crate::capture::tree::read_threads;
+use crate::capture::tree::{has_ended, read_threads};
 use crate::capture::{Obstacles, SourceProcess};
 use pclive_sys::namespace::{NamespaceKind, namespaces};
 use pclive_wire::HostPid;
@@ -52,7 +52,7 @@ pub(super) fn survey_process(
     let container = namespaces(init.pid)?;
     for (tid, _) in read_threads(process.pid)? {
         let own = match namespaces(tid) {
-            Err(_) if super::is_gone(tid) => continue,
+            Err(_) if has_ended(tid) => continue,
             own => own?,
         };
         for kind in own.differing(&container) {

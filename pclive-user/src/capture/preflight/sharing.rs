@@ -1,7 +1,7 @@
 //! What processes share that pclive makes for each of them, and what threads have alone that pclive makes once.
 
-use super::{PreflightError, is_gone};
-use crate::capture::tree::read_threads;
+use super::PreflightError;
+use crate::capture::tree::{has_ended, read_threads};
 use crate::capture::{Obstacles, SourceProcess};
 use nix::errno::Errno;
 use pclive_sys::kcmp::{Shared, compare_tasks, search};
@@ -39,7 +39,7 @@ pub(super) fn survey(processes: &[&SourceProcess], obstacles: &mut Obstacles) ->
     }
     for process in processes {
         match lone_threads(process, obstacles) {
-            Err(_) if is_gone(process.pid) => {}
+            Err(_) if has_ended(process.pid) => {}
             result => result?,
         }
     }
@@ -70,7 +70,7 @@ fn lone_threads(process: &SourceProcess, obstacles: &mut Obstacles) -> Result<()
         for (what, reason) in OF_ITS_THREADS {
             match compare(process.pid, tid, what) {
                 Ok(Ordering::Equal) => {}
-                Err(_) if is_gone(tid) => {}
+                Err(_) if has_ended(tid) => {}
                 Ok(_) => {
                     let remedy = "have the program not do that";
                     obstacles.add(process.ns_pid, format!("thread {ns_tid}"), reason, remedy);

@@ -1,7 +1,8 @@
 //! Processes in the container's pid namespace that its cgroup does not list: zombies, and those that were put into
 //! another cgroup. Neither the freezer nor the tracker would reach them.
 
-use super::{PreflightError, field, is_gone, read};
+use super::{PreflightError, field, read};
+use crate::capture::tree::has_ended;
 use crate::capture::{Obstacles, SourceProcess};
 use pclive_wire::{HostPid, NsPid};
 use std::collections::HashSet;
@@ -17,7 +18,7 @@ pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> 
         }
         match read(pid, "status") {
             Ok(status) => add_stray(&status, obstacles),
-            Err(_) if is_gone(pid) => {}
+            Err(_) if has_ended(pid) => {}
             Err(error) => return Err(error),
         }
     }
@@ -49,7 +50,7 @@ pub(super) fn without_zombies<'a>(
         match read(process.pid, "status") {
             Ok(status) if is_zombie(&status) => add_zombie(process.ns_pid, obstacles),
             Ok(_) => living.push(process),
-            Err(_) if is_gone(process.pid) => {}
+            Err(_) if has_ended(process.pid) => {}
             Err(error) => return Err(error),
         }
     }
@@ -72,7 +73,7 @@ pub(super) fn survey_cgroups(
                 "the process is in another cgroup than PID 1; cgroups made inside a container are not moved yet",
                 "run the container without a manager of cgroups (such as systemd) inside",
             ),
-            Err(_) if is_gone(process.pid) => {}
+            Err(_) if has_ended(process.pid) => {}
             Err(error) => return Err(error),
         }
     }

@@ -4,7 +4,7 @@ use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
 use crate::capture::process::{ProcessError, capture_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
-use crate::capture::tree::{TreeError, read_threads, read_tree};
+use crate::capture::tree::{TreeError, has_ended, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
 use crate::runtime::{Cgroup, CgroupError};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
@@ -316,13 +316,6 @@ fn ns_pid(processes: &[SourceProcess], host: HostPid) -> NsPid {
 
 fn running_threads(pid: HostPid) -> Result<Vec<Thread>, ContainerError> {
     Ok(read_threads(pid)?.into_iter().map(|(_, tid)| Thread { tid, state: None }).collect())
-}
-
-/// Whether a process no longer runs: its number is free, it waits to be reaped, or it is on its way there.
-fn has_ended(pid: HostPid) -> bool {
-    const PF_EXITING: u32 = 4; // include/linux/sched.h
-    let stat = procfs::process::Process::new(pid.0).and_then(|process| process.stat());
-    stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0)
 }
 
 /// Whether a process has to be left out of a round.

@@ -246,7 +246,7 @@ fn preflight(options: &Options, runtime: &dyn Runtime) -> Result<Container, Migr
 
 /// How often a container with obstacles is looked at again: processes come and go while it is surveyed, one that ends
 /// cannot be read, and one that is missing looks like somebody outside to those it shares a pipe or a socket with.
-const SURVEYS: u32 = 5;
+const SURVEYS: u32 = 25;
 const BETWEEN_SURVEYS: Duration = Duration::from_millis(20);
 
 fn survey_all(container: &Container) -> Result<Vec<Obstacle>, MigrateError> {
