@@ -6,7 +6,7 @@ use crate::engine::report::Report;
 use crate::engine::source::{MigrateError, Options, migrate};
 use crate::policy::mode::Mode;
 use crate::runtime::{self, ContainerId};
-use crate::transport::Cancellation;
+use crate::transport::{Cancellation, ZeroCopy};
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use pclive_wire::Round;
@@ -52,6 +52,9 @@ pub struct MigrateArgs {
     /// Send every dirty page whole, also where only a part of it has changed.
     #[arg(long)]
     whole_pages: bool,
+    /// Whether pages are sent with MSG_ZEROCOPY: auto leaves it when the first sends show that the kernel copies anyway.
+    #[arg(long, value_enum, default_value_t)]
+    zerocopy: ZeroCopy,
     /// How writes are tracked.
     #[arg(long, value_enum, default_value_t = TrackerArg::Auto)]
     tracker: TrackerArg,
@@ -95,6 +98,7 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         max_bandwidth: args.max_bandwidth.map(|megabits| megabits.saturating_mul(1_000_000 / 8)),
         hot_rounds: args.hot_rounds,
         patch_pages: !args.whole_pages,
+        zero_copy: args.zerocopy,
         tracker: args.tracker.tier()?,
     })
 }

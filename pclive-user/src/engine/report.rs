@@ -20,6 +20,8 @@ pub struct Report {
     pub zero_pages: u64,
     /// Bytes sent on the page streams.
     pub bytes_sent: u64,
+    /// System calls that took them.
+    pub sends: u64,
     /// Zero-copy sends.
     pub zerocopy: ZerocopyReport,
     /// From the first thread stopped at the source to the container running at the destination.

@@ -28,3 +28,4 @@ pub use error::{Error, Result};
 pub use listener::{Incoming, Listener, Session};
 pub use pace::Pace;
 pub use pages::{Batch, Hangup, PageEvent, PageReceiver, PageSender, PageStats};
+pub use zerocopy::ZeroCopy;

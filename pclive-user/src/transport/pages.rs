@@ -12,7 +12,7 @@ use super::buffer::{BufferPool, PageBuffer};
 use super::control::{configure, connect_pages};
 use super::error::{Error, Result, socket};
 use super::pace::Pace;
-use super::zerocopy::InFlight;
+use super::zerocopy::{InFlight, ZeroCopy};
 use memmap2::{Mmap, MmapMut};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -105,6 +105,11 @@ impl PageSender {
             bytes: 0,
             sends: 0,
         })
+    }
+
+    /// The same with or without `MSG_ZEROCOPY`, as `wanted`.
+    pub fn with_zero_copy(self, wanted: ZeroCopy) -> Self {
+        Self { in_flight: self.in_flight.wanting(wanted), ..self }
     }
 
     /// A handle that ends the stream from another thread.

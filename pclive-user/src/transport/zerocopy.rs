@@ -7,6 +7,7 @@
 //!     │ not supported by the kernel              else              ──▶ On    zero-copy sends, forever
 //!     └──────────────────────────────────────────────────────────────▶ Off
 //! ```
+//! [`ZeroCopy`] can have one of the two without a trial.
 
 use super::buffer::PageBuffer;
 use pclive_sys::zerocopy::Completion;
@@ -14,6 +15,18 @@ use std::collections::VecDeque;
 
 /// Completions to see before a verdict.
 const TRIAL_SENDS: u64 = 8;
+
+/// Whether pages are sent with `MSG_ZEROCOPY`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ZeroCopy {
+    /// As long as the kernel does not copy all the same.
+    #[default]
+    Auto,
+    /// Wherever the kernel supports it, also if it copies.
+    Always,
+    /// Never.
+    Never,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
@@ -47,6 +60,16 @@ impl<B> InFlight<B> {
     pub(super) fn new(supported: bool) -> Self {
         let verdict = if supported { Verdict::Trial } else { Verdict::Off };
         Self { verdict, sends: 0, completed: 0, copied: 0, busy: VecDeque::new() }
+    }
+
+    /// The same with as much of a trial as is asked for. Where the kernel does not support it there is none.
+    pub(super) fn wanting(mut self, wanted: ZeroCopy) -> Self {
+        self.verdict = match (self.verdict, wanted) {
+            (Verdict::Trial, ZeroCopy::Always) => Verdict::On,
+            (_, ZeroCopy::Never) => Verdict::Off,
+            (verdict, _) => verdict,
+        };
+        self
     }
 
     /// Whether the next send should ask for zero copy.
@@ -155,6 +178,21 @@ mod tests {
             }
             assert_eq!(flight.wanted(), wanted, "{copied} of 8 copied");
             assert_eq!(flight.copied(), u64::from(copied));
+        }
+    }
+
+    #[test]
+    fn without_a_trial_it_stays_as_asked() {
+        for (asked, supported, wanted) in
+            [(ZeroCopy::Always, true, true), (ZeroCopy::Always, false, false), (ZeroCopy::Never, true, false)]
+        {
+            let mut flight = InFlight::<()>::new(supported).wanting(asked);
+            assert_eq!(flight.wanted(), wanted, "{asked:?}");
+            for n in 0..8 {
+                flight.sent();
+                flight.complete(done(n, n, true));
+            }
+            assert_eq!(flight.wanted(), wanted, "{asked:?}, whatever the kernel does");
         }
     }
 

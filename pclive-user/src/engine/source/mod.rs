@@ -35,7 +35,7 @@ use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
 use crate::track::observer::{ObserveError, Watch};
 use crate::track::{Heat, Tier, WriteObserver};
-use crate::transport::{self, Cancellation, Pace, PageSender, SourceChannel};
+use crate::transport::{self, Cancellation, Pace, PageSender, SourceChannel, ZeroCopy};
 use freeze::{Frozen, Handed};
 use nix::sys::resource::UsageWho;
 use pclive_wire::control::{AbortReason, DestinationMessage, Failure, Proposal, RemoteError, SourceMessage};
@@ -71,6 +71,8 @@ pub struct Options {
     pub hot_rounds: usize,
     /// Of a page that was sent before, send only the blocks that have changed.
     pub patch_pages: bool,
+    /// Whether pages are sent without a copy.
+    pub zero_copy: ZeroCopy,
     /// How writes are tracked.
     pub tracker: Tier,
 }
@@ -190,7 +192,7 @@ pub fn migrate(
         return Err(MigrateError::Remote(RemoteError::HostMismatch(differing)));
     }
     let pace = options.max_bandwidth.map(Pace::new);
-    let sender = PageSender::connect(options.to, accepted.token, 0, pace)?;
+    let sender = PageSender::connect(options.to, accepted.token, 0, pace)?.with_zero_copy(options.zero_copy);
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
     let source = options.tracker.fault_source();
@@ -347,6 +349,7 @@ impl Migration<'_> {
         report.phases.sort_by_key(|phase| phase.start_us);
         let stats = self.sender.stats();
         report.bytes_sent = stats.bytes;
+        report.sends = stats.sends;
         report.zerocopy.sends = stats.zerocopy_sends;
         report.zerocopy.copied = stats.zerocopy_copied;
         report.total_us = self.clock.now_us() as u64;
