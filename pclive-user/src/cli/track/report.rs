@@ -37,6 +37,8 @@ pub struct TrackReport {
 pub struct IntervalReport {
     start_us: u64,
     duration_us: u64,
+    /// Of finding the pages at its end.
+    round_us: u64,
     dirty_pages: u64,
     dirty_bytes: u64,
     working_set_pages: u64,
@@ -104,6 +106,7 @@ impl IntervalReport {
         Self {
             start_us: start.as_micros() as u64,
             duration_us: duration.as_micros() as u64,
+            round_us: interval.round.as_micros() as u64,
             dirty_pages,
             dirty_bytes: dirty_pages * PAGE_SIZE,
             working_set_pages: interval.working_set,

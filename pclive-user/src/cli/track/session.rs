@@ -12,7 +12,10 @@ use crate::{
 use anyhow::Result;
 use pclive_wire::manifest::Process;
 use pclive_wire::{HostPid, NsPid, PageSet};
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 /// How long the freezer may take.
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
@@ -41,6 +44,8 @@ pub struct Interval {
     pub working_set: u64,
     /// Events that found their ring full.
     pub lost: Lost,
+    /// How long finding the written pages and protecting them again took, with taking in what eBPF saw.
+    pub round: Duration,
     /// eBPF against scan, where it was asked for.
     pub audit: Option<Audit>,
 }
@@ -113,6 +118,7 @@ impl Session {
     /// Ends an interval and begins the next one.
     pub fn finish_interval(&mut self) -> Result<Interval> {
         let frozen = if self.audit { Some(Frozen::new(&self.cgroup)?) } else { None };
+        let begin = Instant::now();
         let drained = match &mut self.observer {
             Some(observer) => observer.drain()?,
             None => Drained::default(),
@@ -123,6 +129,7 @@ impl Session {
         let frozen = frozen.filter(|_| known);
         let now = now()?;
         let round = written(&mut self.container)?;
+        let round_took = begin.elapsed();
         let is_frozen = frozen.is_some();
         drop(frozen);
 
@@ -145,7 +152,13 @@ impl Session {
         (self.own, self.ended_frozen) = (own, is_frozen);
         self.learn(&drained, &processes, now);
         let since = self.begins.first().copied().unwrap_or_default();
-        Ok(Interval { processes, working_set: self.heat.working_set(since), lost: drained.lost, audit })
+        Ok(Interval {
+            processes,
+            working_set: self.heat.working_set(since),
+            lost: drained.lost,
+            round: round_took,
+            audit,
+        })
     }
 
     /// Without events, a page found dirty counts as written at the end of the interval.
