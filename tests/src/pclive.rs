@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::lab::{Host, Lab};
+use crate::lab::{Host, Lab, run};
 
 /// The port that `pclive serve` listens on.
 const PORT: u16 = 7011;
@@ -206,6 +206,42 @@ fn kill(child: &mut Child) {
     // It may have ended by itself.
     let _ = child.kill();
     let _ = child.wait();
+}
+
+/// Follows a container on `host` by `pclive track` with further `options` until it ends by itself.
+///
+/// # Errors
+/// When it fails, or its report cannot be understood.
+pub fn track(lab: &Lab, host: &Host, container: &str, options: &[&str]) -> Result<TrackReport> {
+    let mut command = host.command(lab.programs().path("pclive")?);
+    command.args(["track", container, "--json", "-", "--root"]).arg(host.runtime_root()).args(options);
+    serde_json::from_str(&run(&mut command)?).context("the report of pclive track")
+}
+
+/// What `pclive track --json` writes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TrackReport {
+    /// The tracker tier it used.
+    pub tracker: String,
+    /// One after the other.
+    pub intervals: Vec<TrackInterval>,
+    /// What else it has that is not promised.
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The time between two looks at what was written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TrackInterval {
+    /// How long it was.
+    pub duration_us: u64,
+    /// Pages written in it.
+    pub dirty_pages: u64,
+    /// How long finding them and protecting them again took.
+    pub round_us: u64,
+    /// What else it has that is not promised.
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, serde_json::Value>,
 }
 
 /// What `pclive migrate --json` writes.

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::lab::{BitRate, Container, Lab, Payload};
 use crate::load::{LoadProcess, LoadReport, LoadSpec, Service};
-use crate::pclive::{Migrate, Outcome, Serve};
+use crate::pclive::{Migrate, Outcome, Serve, TrackReport, track};
 use crate::programs::Programs;
 
 /// The mark in the load's report when the migration starts.
@@ -64,6 +64,18 @@ impl Scene {
         let outcome = self.start_migration(options)?.wait()?;
         self.load.mark(MIGRATED)?;
         Ok(outcome)
+    }
+
+    /// Follows what the container writes, with these options of `pclive track`, and marks start and end as those of a
+    /// migration.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn track(&mut self, options: &[&str]) -> Result<TrackReport> {
+        self.load.mark(MIGRATE)?;
+        let report = track(&self.lab, self.lab.source(), &self.container.name, options)?;
+        self.load.mark(MIGRATED)?;
+        Ok(report)
     }
 
     /// Starts the migration and does not wait for its end, nor mark anything.

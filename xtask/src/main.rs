@@ -27,7 +27,7 @@ enum Task {
     Run(run::Options),
     /// Run all tests
     Test(test::Options),
-    Bench(bench::Options),
+    Bench(Box<bench::Options>),
 }
 
 fn main() -> ExitCode {

@@ -16,12 +16,12 @@ use super::movement::Movement;
 use super::results::{Cell, Measured, Results, Run};
 use super::statistics::Summary;
 use super::usage::Sampler;
-use crate::experiment::migrate;
+use crate::experiment::{migrate, migration_span_us};
 use crate::interrupt;
 
 /// A mover that fails so often without having succeeded is given up.
 const PATIENCE: usize = 2;
-/// How long the control lasts if nothing was moved in its setting.
+/// How long the control lasts if nothing else was measured in its setting.
 const CONTROL: Duration = Duration::from_secs(5);
 /// How often a wait looks for an interrupt.
 const GLANCE: Duration = Duration::from_millis(200);
@@ -91,23 +91,28 @@ impl Campaign<'_> {
         let kept = images.as_ref().map(Images::destination);
         let sampler = Sampler::start(scene.lab(), scene.container(), kept)?;
         pause(self.margin)?;
-        let movement = match mover {
-            Mover::Pclive { .. } => Some(Movement::of(&migrate(&mut scene, &mover.options())?)),
+        let options = mover.options();
+        let (mut movement, mut tracking) = (None, None);
+        match mover {
+            Mover::Pclive { .. } => movement = Some(Movement::of(&migrate(&mut scene, &options)?)),
             Mover::Criu => {
                 let (criu, images) = self.criu.as_ref().zip(images.as_ref()).context("no CRIU was given")?;
-                Some(criu.migrate(&mut scene, images, setting.shared)?)
+                movement = Some(criu.migrate(&mut scene, images, setting.shared)?);
+            }
+            Mover::Track { .. } => {
+                let options: Vec<_> = options.iter().map(String::as_str).collect();
+                tracking = Some(scene.track(&options)?);
             }
             Mover::Control => {
                 scene.load().mark(MIGRATE)?;
                 pause(usual)?;
                 scene.load().mark(MIGRATED)?;
-                None
             }
-        };
+        }
         pause(self.margin)?;
         let usage = sampler.stop();
         let (load, ..) = scene.stop_load()?;
-        Ok(Run { turn, movement, load, usage })
+        Ok(Run { turn, movement, tracking, load, usage })
     }
 }
 
@@ -117,10 +122,11 @@ impl Cell {
     }
 }
 
-/// How long a migration in this setting takes.
+/// How long what is compared with the control takes in this setting.
 fn usual_duration(group: &Measured) -> Duration {
-    let movements = group.cells.iter().flat_map(|cell| &cell.runs).filter_map(|run| run.movement.as_ref());
-    let seconds = Summary::of(movements.map(|movement| movement.total_us as f64 / 1e6));
+    let others = group.cells.iter().filter(|cell| cell.mover != Mover::Control);
+    let spans = others.flat_map(|cell| &cell.runs).map(|run| migration_span_us(&run.load));
+    let seconds = Summary::of(spans.map(|(start_us, end_us)| end_us.saturating_sub(start_us) as f64 / 1e6));
     seconds.map_or(CONTROL, |seconds| Duration::from_secs_f64(seconds.median))
 }
 

@@ -51,21 +51,12 @@ impl Directory {
         fs::rename(&new, self.0.join(RESULTS)).context("put the new results in place of the old ones")
     }
 
-    /// Writes the tables `runs.csv` (a run each, with its metrics), `throughput.csv` (answers over time) and `usage.csv`
-    /// (CPU time and memory over time).
+    /// Writes [`TABLES`].
     ///
     /// # Errors
     /// When a file cannot be written.
     pub fn write_tables(&self, results: &Results) -> Result<()> {
-        let tables = [
-            ("runs.csv", runs(results)),
-            ("throughput.csv", throughput(results)),
-            ("usage.csv", usage(results)),
-        ];
-        for (name, table) in tables {
-            self.write(name, table.as_bytes())?;
-        }
-        Ok(())
+        TABLES.iter().try_for_each(|(name, table)| self.write(name, table(results).as_bytes()))
     }
 
     /// Writes a file.
@@ -77,6 +68,18 @@ impl Directory {
         fs::write(&file, contents).with_context(|| format!("write {}", file.display()))
     }
 }
+
+/// Draws a table.
+type Table = fn(&Results) -> String;
+
+/// Tables: a run each, with its metrics; answers over time; CPU time and memory over time; rounds; what was compared.
+pub const TABLES: [(&str, Table); 5] = [
+    ("runs.csv", runs),
+    ("throughput.csv", throughput),
+    ("usage.csv", usage),
+    ("rounds.csv", rounds),
+    ("comparisons.csv", comparisons),
+];
 
 /// What is in front of each line: which run it is of.
 const KEY: &str = "setting,mover,turn";
@@ -129,6 +132,55 @@ fn usage(results: &Results) -> String {
             // Sampling starts a moment after the load.
             let at_ms = sample.at_us.saturating_sub(run.load.started_us) / 1000;
             table += &format!("{key},{at_ms},{uses}\n");
+        }
+    }
+    table
+}
+
+/// The rounds of migrations by pclive, and those of tracking only.
+fn rounds(results: &Results) -> String {
+    let mut table = format!("{KEY},round,dirty_pages,duration_us\n");
+    for (group, cell, run) in each(results) {
+        let key = key(group, cell, run);
+        let moved = run.movement.iter().filter_map(|movement| movement.report.get("rounds")?.as_array());
+        let number =
+            |round: &serde_json::Value, name: &str| round.get(name).and_then(serde_json::Value::as_u64);
+        let moved = moved
+            .flatten()
+            .filter_map(|round| Some((number(round, "dirty_pages")?, number(round, "duration_us")?)));
+        let tracked = run.tracking.iter().flat_map(|tracking| &tracking.intervals);
+        let tracked = tracked.map(|interval| (interval.dirty_pages, interval.round_us));
+        for (number, (dirty_pages, us)) in moved.chain(tracked).enumerate() {
+            table += &format!("{key},{number},{dirty_pages},{us}\n");
+        }
+    }
+    table
+}
+
+/// The differences that ablations are about.
+fn comparisons(results: &Results) -> String {
+    let side =
+        |name: &str| ["median", "lowest", "highest", "runs"].map(|part| format!("{name}_{part}")).join(",");
+    let mut table = format!(
+        "ablation,setting,without,with,metric,{},{},percent,ranges_apart\n",
+        side("without"),
+        side("with")
+    );
+    for ablation in &results.ablations {
+        for comparison in ablation.comparisons(results) {
+            let (setting, without, with) =
+                (&comparison.group.name, &comparison.without.name, &comparison.with.name);
+            for difference in &comparison.differences {
+                let numbers = [difference.without, difference.with]
+                    .map(|side| format!("{},{},{},{}", side.median, side.lowest, side.highest, side.count));
+                let percent = difference.percent().map_or_else(String::new, |percent| percent.to_string());
+                table += &format!(
+                    "{ablation},\"{setting}\",\"{without}\",\"{with}\",{},{},{percent},{}\n",
+                    difference.metric.key,
+                    numbers.join(","),
+                    difference.is_clear()
+                );
+            }
         }
     }
     table

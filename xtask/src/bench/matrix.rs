@@ -4,12 +4,18 @@
 //! a control that is not moved at all.
 
 use std::fmt;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use pclive_tests::lab::BitRate;
 use pclive_tests::load::{LoadSpec, Pace, Service};
 use pclive_tests::scene::Network;
 use serde::{Deserialize, Serialize};
+
+/// How long [`Mover::Track`] follows a container.
+pub const TRACK: Duration = Duration::from_secs(8);
+/// How often it looks at what was written: about as often as short rounds of a migration do.
+const TRACK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What runs in the container, and what its clients do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -225,6 +231,11 @@ pub enum Mover {
     },
     /// By CRIU, which copies everything while the container stands still.
     Criu,
+    /// Not at all, but its writes are tracked as for a migration: `pclive track`.
+    Track {
+        /// Its tracker.
+        tracker: Tracker,
+    },
     /// Not at all: the noise of the machine.
     Control,
 }
@@ -240,19 +251,44 @@ impl Mover {
         Self::Pclive { mode, tracker, restore_from, further: String::new() }
     }
 
-    /// The options of `pclive migrate`; none for other movers.
+    /// pclive in its default mode with further options.
+    pub fn with(further: &str) -> Self {
+        let (mode, tracker) = (Mode::PcliveG, Tracker::Auto);
+        Self::Pclive { mode, tracker, restore_from: 0, further: further.to_owned() }
+    }
+
+    /// The options of `pclive migrate`, or of `pclive track`; none for other movers.
     pub fn options(&self) -> Vec<String> {
-        let Self::Pclive { mode, tracker, restore_from, further } = self else { return Vec::new() };
-        let from = restore_from.to_string();
-        let options = ["--mode", mode.name(), "--tracker", tracker.name(), "--restore-from", &from];
-        options.into_iter().chain(further.split_whitespace()).map(str::to_owned).collect()
+        let words = match self {
+            Self::Pclive { mode, tracker, restore_from, further } => {
+                let (mode, tracker) = (mode.name(), tracker.name());
+                format!("--mode {mode} --tracker {tracker} --restore-from {restore_from} {further}")
+            }
+            Self::Track { tracker } => {
+                let (seconds, interval) = (TRACK.as_secs(), TRACK_INTERVAL.as_millis());
+                format!("--tracker {} --seconds {seconds} --interval {interval}", tracker.name())
+            }
+            Self::Criu | Self::Control => String::new(),
+        };
+        words.split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// The tracker that is asked for, if it tracks.
+    pub fn tracker(&self) -> Option<Tracker> {
+        match self {
+            Self::Pclive { tracker, .. } | Self::Track { tracker } => Some(*tracker),
+            Self::Criu | Self::Control => None,
+        }
     }
 }
 
 impl fmt::Display for Mover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Pclive { mode, tracker, restore_from, further } = self else {
-            return f.write_str(if *self == Self::Criu { "CRIU, no pre-dump" } else { "control" });
+        let (mode, tracker, restore_from, further) = match self {
+            Self::Pclive { mode, tracker, restore_from, further } => (mode, tracker, restore_from, further),
+            Self::Track { tracker } => return write!(f, "track only, {}", tracker.name()),
+            Self::Criu => return f.write_str("CRIU, no pre-dump"),
+            Self::Control => return f.write_str("control"),
         };
         f.write_str(mode.name())?;
         if *tracker != Tracker::Auto {
@@ -359,5 +395,7 @@ mod tests {
         let mover = Mover::pclive(Mode::Pclive, Tracker::Scan, 2);
         assert_eq!(mover.to_string(), "pclive scan from 2");
         assert_eq!(Mover::mode(Mode::OneShot).to_string(), "one-shot");
+        assert_eq!(Mover::with("--whole-pages").to_string(), "pclive-g --whole-pages");
+        assert_eq!(Mover::Track { tracker: Tracker::Scan }.to_string(), "track only, scan");
     }
 }

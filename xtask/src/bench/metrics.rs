@@ -1,8 +1,9 @@
 //! The numbers that are taken from a run.
 
+use super::cost;
 use super::results::{Cell, Run};
 use super::statistics::Summary;
-use crate::experiment::{gap, migration_span_us, rate_before, rate_during};
+use crate::experiment::{gap, migration_span_us, rate_before};
 use pclive_tests::scene::MIGRATE;
 
 /// A number of a run.
@@ -57,15 +58,18 @@ pub const RESTORE: Metric = Metric {
     title: "restore, ms",
     of: |run| run.movement.as_ref().map(|movement| movement.restore_us as f64 / 1e3),
 };
-/// What clients still get during the rounds.
+/// What clients still get before the blackout, or while the container is only tracked.
 pub const THROUGHPUT: Metric = Metric {
     key: "throughput_percent",
-    title: "throughput in rounds, %",
+    title: "throughput meanwhile, %",
     of: |run| {
         let during = match &run.movement {
             // A single round is the blackout itself.
             Some(movement) if movement.rounds < 2 => return None,
-            Some(_) => rate_during(&run.load),
+            Some(movement) => {
+                let start_us = migration_span_us(&run.load).0;
+                run.load.rate_between(start_us, start_us + movement.frozen_us)
+            }
             None => {
                 let (start_us, end_us) = migration_span_us(&run.load);
                 run.load.rate_between(start_us, end_us)
@@ -74,24 +78,31 @@ pub const THROUGHPUT: Metric = Metric {
         asked(run).then(|| 100.0 * during / rate_before(&run.load))
     },
 };
-/// CPU time of the mover at the source.
+/// CPU time at the source of who moves the container, or tracks it.
 pub const SOURCE_CPU: Metric = Metric {
     key: "source_cpu_s",
     title: "CPU at source, s",
-    of: |run| moved(run)?.usage.last().map(|sample| sample.source.mover.cpu_us as f64 / 1e6),
+    of: |run| {
+        let at_work = run.movement.is_some() || run.tracking.is_some();
+        let sample = run.usage.last().filter(|_| at_work);
+        sample.map(|sample| sample.source.mover.cpu_us as f64 / 1e6)
+    },
 };
 /// CPU time of the mover at the destination.
 pub const DESTINATION_CPU: Metric = Metric {
     key: "destination_cpu_s",
     title: "CPU at destination, s",
-    of: |run| moved(run)?.usage.last().map(|sample| sample.destination.mover.cpu_us as f64 / 1e6),
+    of: |run| {
+        let sample = run.movement.as_ref().and(run.usage.last());
+        sample.map(|sample| sample.destination.mover.cpu_us as f64 / 1e6)
+    },
 };
 /// The mover's peak memory at the destination.
 pub const DESTINATION_MEMORY: Metric = Metric {
     key: "destination_mib",
     title: "memory at destination, MiB",
     of: |run| {
-        let report = &moved(run)?.movement.as_ref()?.report;
+        let report = &run.movement.as_ref()?.report;
         let reported = report.get("destination_peak_rss_bytes").and_then(serde_json::Value::as_f64);
         let sampled = run.usage.iter().map(|sample| sample.destination.mover.rss_bytes as f64);
         Some(reported.unwrap_or_else(|| sampled.fold(0.0, f64::max)) / MIB)
@@ -118,28 +129,99 @@ pub const OTHERS: Metric = Metric {
     },
 };
 
+/// From the command to its end.
+pub const TOTAL: Metric = Metric {
+    key: "total_s",
+    title: "migration, s",
+    of: |run| run.movement.as_ref().map(|movement| movement.total_us as f64 / 1e6),
+};
+/// How often memory was sent.
+pub const ROUNDS: Metric = Metric {
+    key: "rounds",
+    title: "rounds",
+    of: |run| run.movement.as_ref().map(|movement| movement.rounds as f64),
+};
+/// What went over the network.
+pub const SENT: Metric = Metric {
+    key: "sent_mib",
+    title: "sent, MiB",
+    of: |run| run.movement.as_ref().map(|movement| movement.bytes_sent as f64 / MIB),
+};
+/// What one answer of a hundred takes longer than.
+pub const LATENCY_99: Metric =
+    Metric { key: "p99_ms", title: "latency 99 %, ms", of: |run| latency(run, |of| of.p99_us) };
+/// The source's CPU time compared with what it sent.
+pub const SOURCE_CPU_PER_GIB: Metric = Metric {
+    key: "source_cpu_s_per_gib",
+    title: "  of it for each GiB sent",
+    of: |run| Some((SOURCE_CPU.of)(run)? / (run.movement.as_ref()?.bytes_sent.max(1) as f64 / MIB / 1024.0)),
+};
+/// How much the kernel takes at once.
+pub const SEND_KIB: Metric = Metric {
+    key: "send_kib",
+    title: "KiB in each send",
+    of: |run| {
+        let movement = run.movement.as_ref()?;
+        let sends = movement.report.get("sends")?.as_f64()?;
+        (sends > 0.0).then(|| movement.bytes_sent as f64 / 1024.0 / sends)
+    },
+};
+/// The sends that the kernel copied although it was asked not to.
+pub const COPIED: Metric = Metric {
+    key: "zerocopy_copied_percent",
+    title: "zero-copy sends copied, %",
+    of: |run| {
+        zero_copy_sends(run).filter(|(asked, _)| *asked > 0.0).map(|(asked, copied)| 100.0 * copied / asked)
+    },
+};
+/// What the server takes for an answer while its writes are tracked.
+pub const SERVER_CPU: Metric = Metric {
+    key: "server_us_per_answer",
+    title: "server CPU per answer, µs",
+    of: |run| cost::meanwhile(run).map(|cost| cost.us_per_answer),
+};
+/// What it takes more than without tracking.
+pub const SERVER_CPU_MORE: Metric = Metric {
+    key: "server_more_percent",
+    title: "  more than before, %",
+    of: |run| {
+        let (meanwhile, otherwise) = (cost::meanwhile(run)?, cost::otherwise(run)?);
+        Some(100.0 * (meanwhile.us_per_answer / otherwise.us_per_answer - 1.0))
+    },
+};
+/// The same for each page that was found written.
+pub const PAGE_COST: Metric = Metric {
+    key: "server_us_per_page",
+    title: "  more per page written, µs",
+    of: |run| {
+        let pages = written(run)?;
+        let (meanwhile, otherwise) = (cost::meanwhile(run)?, cost::otherwise(run)?);
+        let more_us = (meanwhile.us_per_answer - otherwise.us_per_answer) * meanwhile.answers;
+        (pages > 0.0).then(|| more_us / pages)
+    },
+};
+/// How long one search for written pages takes.
+pub const ROUND: Metric = Metric {
+    key: "track_round_ms",
+    title: "finding written pages, ms",
+    of: |run| {
+        let rounds = run.tracking.as_ref()?.intervals.iter().map(|interval| interval.round_us as f64 / 1e3);
+        Summary::of(rounds).map(|rounds| rounds.median)
+    },
+};
+
 /// Every metric, in the order of tables.
-pub const ALL: [Metric; 20] = [
+pub const ALL: [Metric; 28] = [
     GAP,
     BLACKOUT,
     Metric { key: "dump_ms", title: "  of it dump, ms", of: |run| part(run, "dump") },
     Metric { key: "transfer_ms", title: "  of it transfer, ms", of: |run| part(run, "transfer") },
     RESTORE,
-    Metric {
-        key: "total_s",
-        title: "migration, s",
-        of: |run| run.movement.as_ref().map(|movement| movement.total_us as f64 / 1e6),
-    },
-    Metric {
-        key: "rounds",
-        title: "rounds",
-        of: |run| run.movement.as_ref().map(|movement| movement.rounds as f64),
-    },
-    Metric {
-        key: "sent_mib",
-        title: "sent, MiB",
-        of: |run| run.movement.as_ref().map(|movement| movement.bytes_sent as f64 / MIB),
-    },
+    TOTAL,
+    ROUNDS,
+    SENT,
+    SEND_KIB,
+    COPIED,
     Metric {
         key: "answers_per_s",
         title: "answers/s before",
@@ -148,14 +230,27 @@ pub const ALL: [Metric; 20] = [
     SPREAD,
     THROUGHPUT,
     Metric { key: "p50_ms", title: "latency 50 %, ms", of: |run| latency(run, |of| of.p50_us) },
-    Metric { key: "p99_ms", title: "latency 99 %, ms", of: |run| latency(run, |of| of.p99_us) },
+    LATENCY_99,
     Metric { key: "p999_ms", title: "latency 99.9 %, ms", of: |run| latency(run, |of| of.p999_us) },
     Metric {
         key: "lateness_p99_ms",
         title: "client late by 99 %, ms",
         of: |run| (run.load.lateness.max_us > 0).then(|| run.load.lateness.p99_us as f64 / 1e3),
     },
+    ROUND,
+    Metric {
+        key: "written_pages_per_s",
+        title: "pages written per s",
+        of: |run| {
+            let us: u64 = run.tracking.as_ref()?.intervals.iter().map(|interval| interval.duration_us).sum();
+            Some(written(run)? * 1e6 / us.max(1) as f64)
+        },
+    },
+    SERVER_CPU,
+    SERVER_CPU_MORE,
+    PAGE_COST,
     SOURCE_CPU,
+    SOURCE_CPU_PER_GIB,
     DESTINATION_CPU,
     DESTINATION_MEMORY,
     HARMED,
@@ -174,8 +269,16 @@ fn asked(run: &Run) -> bool {
     run.load.reads + run.load.writes > 0
 }
 
-fn moved(run: &Run) -> Option<&Run> {
-    run.movement.is_some().then_some(run)
+/// Sends that asked for no copy, and those that the kernel copied.
+pub fn zero_copy_sends(run: &Run) -> Option<(f64, f64)> {
+    let zero_copy = run.movement.as_ref()?.report.get("zerocopy")?;
+    zero_copy.get("sends")?.as_f64().zip(zero_copy.get("copied")?.as_f64())
+}
+
+/// Pages that were found written by tracking only; a page counts once for each interval that it was written in.
+fn written(run: &Run) -> Option<f64> {
+    let intervals = &run.tracking.as_ref()?.intervals;
+    Some(intervals.iter().map(|interval| interval.dirty_pages as f64).sum())
 }
 
 fn part(run: &Run, name: &str) -> Option<f64> {

@@ -4,10 +4,12 @@
 //! load generator that checks every answer, and a build of the revision that is judged. Whoever has these can repeat
 //! every figure with the command that is printed on it.
 //!
-//! [`matrix`] names what can be measured, [`presets`] and [`options`] select from it, [`obstacles`] tells what this
-//! machine cannot measure, [`campaign`] measures, and [`table`], [`files`] and [`figures`] show what came out.
+//! [`matrix`] names what can be measured, [`presets`], [`ablation`] and [`options`] select from it, [`obstacles`] tells
+//! what this machine cannot measure, [`campaign`] measures, and [`table`], [`files`] and [`figures`] show what came out.
 
+mod ablation;
 mod campaign;
+mod cost;
 mod criu;
 mod figures;
 mod files;
@@ -67,7 +69,7 @@ pub fn bench(options: &Options) -> Result<()> {
     let directory = Directory::new(&options.out)?;
     let warmed_up_mib = warm_up(&groups)?;
     let provenance = Provenance::here(options.repeat(), warmed_up_mib)?;
-    let mut results = Results { provenance, groups };
+    let mut results = Results { provenance, groups, ablations: options.ablations().to_vec() };
     let campaign = Campaign { programs: &programs, criu, repeat: options.repeat(), margin: options.margin() };
     campaign.carry_out(&mut results, |results| directory.keep(results))?;
     show(&results, &directory)?;
@@ -84,7 +86,11 @@ fn show(results: &Results, directory: &Directory) -> Result<()> {
     if let Some(verdict) = goals::restore_growth(&results.groups) {
         println!("\ngoal: {verdict}");
     }
-    println!("\nin {}: results.json, runs.csv, throughput.csv, usage.csv", directory.path().display());
+    for ablation in &results.ablations {
+        print!("{}", table::compare(*ablation, results));
+    }
+    let tables = files::TABLES.map(|(name, _)| name).join(", ");
+    println!("\nin {}: results.json, {tables}", directory.path().display());
     println!("and as SVG and PNG: {}", figures.names.join(", "));
     for left_out in figures.left_out {
         println!("left out: {left_out}");

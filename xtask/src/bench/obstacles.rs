@@ -59,11 +59,10 @@ impl Machine {
         if setting.open_loop.is_some() && setting.workload == Workload::Idle {
             return Some("nobody asks an idle container anything: there is no open loop".into());
         }
-        let Mover::Pclive { mode, tracker, restore_from, .. } = mover else { return None };
-        if *mode == Mode::OneShot && *restore_from > 0 {
+        if let Mover::Pclive { mode: Mode::OneShot, restore_from: 1.., .. } = mover {
             return Some("one-shot has no earlier rounds to keep".into());
         }
-        self.tracker(*tracker)
+        mover.tracker().and_then(|tracker| self.tracker(tracker))
     }
 
     fn tracker(&self, tracker: Tracker) -> Option<String> {
@@ -73,10 +72,14 @@ impl Machine {
     }
 }
 
-/// What a migration takes of the machine's memory while all copies exist.
+/// What a migration takes of the machine's memory while all copies exist: both hosts are on it.
 pub fn memory_mib(setting: &Setting, mover: &Mover) -> u64 {
-    // CRIU's images are a third one.
-    let copies = if *mover == Mover::Criu { 3.0 } else { 2.0 };
+    let copies = match mover {
+        Mover::Track { .. } | Mover::Control => 1.0,
+        Mover::Pclive { mode: Mode::PcliveG, restore_from: 0, .. } => 2.0,
+        // Between those of the two containers there is a third one: pages that wait to be applied, or CRIU's images.
+        Mover::Pclive { .. } | Mover::Criu => 3.0,
+    };
     (setting.data_mib as f64 * MIB_PER_DATA_MIB * copies) as u64 + OTHERS_MIB
 }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::matrix::{Axes, Group, Mode, Mover, Tracker, Workload};
+use super::ablation::Ablation;
+use super::matrix::{Axes, Group, Mode, Mover, TRACK, Tracker, Workload};
 use super::presets;
 
 /// What one measurement takes besides filling, reading back, moving and the margins.
@@ -30,6 +31,9 @@ pub struct Options {
     /// Every mode, tracker, workload, size and link rate, each against the others at 1 GiB and 1 Gbit/s; takes hours
     #[arg(long, conflicts_with = "axes")]
     full: bool,
+    /// What parts of pclive are worth: the same migrations with and without them, and the differences
+    #[arg(long, value_enum, value_delimiter = ',', conflicts_with_all = ["quick", "full", "axes"])]
+    ablation: Vec<Ablation>,
     #[command(flatten)]
     axes: Selection,
     #[command(flatten)]
@@ -115,6 +119,8 @@ impl Options {
             presets::quick()
         } else if self.full {
             presets::full()
+        } else if !self.ablation.is_empty() {
+            merged(self.ablation.iter().flat_map(|ablation| ablation.groups()))
         } else if self.axes.is_empty() {
             presets::goals()
         } else {
@@ -137,6 +143,11 @@ impl Options {
         groups
     }
 
+    /// The questions to answer.
+    pub fn ablations(&self) -> &[Ablation] {
+        &self.ablation
+    }
+
     /// Turns of each cell.
     pub fn repeat(&self) -> usize {
         self.repeat.unwrap_or(if self.quick { 2 } else { 5 })
@@ -153,11 +164,14 @@ impl Options {
             let mib = group.setting.data_mib as f64;
             let link = group.setting.rate_mbit as f64 / 8.0 * 1e6 / f64::from(1 << 20);
             let speed = if link > 0.0 { link.min(UNSHAPED_MIB_PER_S) } else { UNSHAPED_MIB_PER_S };
-            let run = OVERHEAD_S
-                + 2.0 * self.margin().as_secs_f64()
-                + 2.0 * mib / FILL_MIB_PER_S
-                + SENT_TIMES * mib / speed;
-            run * (group.movers.len() + 1) as f64 * self.repeat() as f64
+            let around = OVERHEAD_S + 2.0 * self.margin().as_secs_f64() + 2.0 * mib / FILL_MIB_PER_S;
+            let middles = group.movers.iter().map(|mover| match mover {
+                Mover::Track { .. } => TRACK.as_secs_f64(),
+                _ => SENT_TIMES * mib / speed,
+            });
+            // The control takes about as long as the others do.
+            let middles = middles.sum::<f64>() * (1.0 + 1.0 / group.movers.len().max(1) as f64);
+            (around * (group.movers.len() + 1) as f64 + middles) * self.repeat() as f64
         });
         Duration::from_secs_f64(seconds.sum())
     }
@@ -200,6 +214,22 @@ impl Changes {
     }
 }
 
+/// The same with each setting once, and each mover once in it.
+fn merged(groups: impl Iterator<Item = Group>) -> Vec<Group> {
+    let mut merged: Vec<Group> = Vec::new();
+    for group in groups {
+        match merged.iter_mut().find(|known| known.setting == group.setting) {
+            Some(known) => {
+                let new = group.movers.into_iter().filter(|mover| !known.movers.contains(mover));
+                let new: Vec<_> = new.collect();
+                known.movers.extend(new);
+            }
+            None => merged.push(group),
+        }
+    }
+    merged
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -240,6 +270,16 @@ mod tests {
         assert_eq!(compared[0].movers[1].options().last().map(String::as_str), Some("3"));
         assert!(groups(&["--quick", "--mode", "pclive"]).is_empty(), "a preset is no axis");
         assert!(groups(&["--open-loop", "-3"]).is_empty());
+    }
+
+    #[test]
+    fn ablations_share_what_they_have_in_common() {
+        let [patches, hot] = ["patches", "hot-pages"].map(|name| groups(&["--ablation", name]));
+        let both = groups(&["--ablation", "patches,hot-pages"]);
+        assert_eq!((patches.len(), hot.len(), both.len()), (2, 2, 2));
+        assert!(patches[0].movers.iter().all(|mover| both[0].movers.contains(mover)));
+        assert_eq!(both[0].movers.len(), hot[0].movers.len());
+        assert!(groups(&["--ablation", "patches", "--size", "128"]).is_empty(), "its settings are its own");
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Everything that was measured.
 
 use pclive_tests::load::LoadReport;
+use pclive_tests::pclive::TrackReport;
 use serde::{Deserialize, Serialize};
 
+use super::ablation::Ablation;
 use super::matrix::{Group, Mover, Setting};
 use super::movement::Movement;
 use super::provenance::Provenance;
@@ -15,6 +17,9 @@ pub struct Results {
     pub provenance: Provenance,
     /// A setting each.
     pub groups: Vec<Measured>,
+    /// The questions that they answer.
+    #[serde(default)]
+    pub ablations: Vec<Ablation>,
 }
 
 /// All that was measured in a setting.
@@ -50,6 +55,9 @@ pub struct Run {
     pub turn: usize,
     /// The migration; the control has none.
     pub movement: Option<Movement>,
+    /// What was found by tracking only.
+    #[serde(default)]
+    pub tracking: Option<TrackReport>,
     /// What the clients saw.
     pub load: LoadReport,
     /// CPU time and memory at both ends.
@@ -72,16 +80,27 @@ impl Measured {
         Self { name: setting.to_string(), setting, cells }
     }
 
-    /// Whether anything is moved in it.
+    /// Whether there is anything but the control to be measured in it.
     pub fn is_feasible(&self) -> bool {
         self.cells.iter().any(|cell| cell.mover != Mover::Control && cell.obstacle.is_none())
+    }
+
+    /// The cell of a mover, if it was measured.
+    pub fn measured(&self, mover: &Mover) -> Option<&Cell> {
+        self.cells.iter().find(|cell| cell.mover == *mover && !cell.runs.is_empty())
+    }
+}
+
+impl Run {
+    fn tracker(&self) -> Option<&str> {
+        let moved = self.movement.as_ref().map(|movement| movement.tracker.as_str());
+        moved.or(self.tracking.as_ref().map(|tracking| tracking.tracker.as_str()))
     }
 }
 
 impl Cell {
     /// What the mover's tracker was, if it was measured and has one.
     pub fn tracker(&self) -> Option<&str> {
-        let mut movements = self.runs.iter().filter_map(|run| run.movement.as_ref());
-        movements.next().map(|movement| movement.tracker.as_str()).filter(|tracker| !tracker.is_empty())
+        self.runs.iter().find_map(Run::tracker).filter(|tracker| !tracker.is_empty())
     }
 }

@@ -4,7 +4,7 @@ use pclive_tests::load::LoadReport;
 
 use super::results::Run;
 use super::usage::{Sample, Use};
-use crate::experiment::{gap, migration_span_us};
+use crate::experiment::migration_span_us;
 
 /// Points in time with their values.
 pub type Curve = Vec<(f64, f64)>;
@@ -47,20 +47,16 @@ pub fn memory(run: &Run) -> Vec<Curve> {
     uses(run, |samples| samples.get(SAMPLES / 2).map(|(_, used)| used.rss_bytes as f64 / MIB))
 }
 
-/// How long the migration took.
+/// How long the migration took, or tracking without one.
 pub fn migration_s(run: &Run) -> f64 {
     let (start_us, end_us) = migration_span_us(&run.load);
-    if run.movement.is_none() { 0.0 } else { end_us.saturating_sub(start_us) as f64 / 1e6 }
+    let is_control = run.movement.is_none() && run.tracking.is_none();
+    if is_control { 0.0 } else { end_us.saturating_sub(start_us) as f64 / 1e6 }
 }
 
-/// When nobody answered: as clients saw it, or as the mover says if there were none.
+/// When the container ran nowhere, as its mover says.
 pub fn blackout_s(run: &Run) -> Option<(f64, f64)> {
     let movement = run.movement.as_ref()?;
-    let gap = gap(&run.load);
-    if run.load.reads + run.load.writes > 0 {
-        let at_s = |us| since_start_s(&run.load, us);
-        return Some((at_s(gap.start_us), at_s(gap.start_us + gap.duration_us)));
-    }
     let start_s = movement.frozen_us as f64 / 1e6;
     Some((start_s, start_s + movement.blackout_us as f64 / 1e6))
 }

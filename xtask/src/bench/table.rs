@@ -1,8 +1,9 @@
 //! Results as text: a table for each setting, its movers beside each other.
 
+use super::ablation::{Ablation, Difference};
 use super::goals::verdicts;
 use super::metrics;
-use super::results::{Cell, Measured};
+use super::results::{Cell, Measured, Results};
 use super::statistics::Summary;
 
 /// The widest name of a metric.
@@ -36,6 +37,33 @@ pub fn draw(group: &Measured) -> String {
         }
     }
     text
+}
+
+/// What an ablation found: its differences, one after the other.
+pub fn compare(ablation: Ablation, results: &Results) -> String {
+    let mut text = format!("\nablation {ablation}: {}\n", ablation.question());
+    let comparisons = ablation.comparisons(results);
+    if comparisons.is_empty() {
+        text += "  nothing was measured that could be compared\n";
+    }
+    for comparison in &comparisons {
+        text += &format!("  {comparison}\n");
+        for difference in &comparison.differences {
+            text += &line(difference);
+        }
+    }
+    for remark in ablation.remarks(results) {
+        text += &format!("  {remark}\n");
+    }
+    text
+}
+
+fn line(difference: &Difference) -> String {
+    let percent = difference.percent().map_or_else(String::new, |percent| format!("{percent:.0} %"));
+    let doubt = if difference.is_clear() { "" } else { "  within the spread" };
+    let [without, with] = [difference.without, difference.with].map(in_short);
+    let title = difference.metric.title.trim();
+    format!("    {title:NAME$}{without:>COLUMN$}{with:>COLUMN$}{percent:>8}{doubt}\n")
 }
 
 /// The runs in which the machine had other things to do.

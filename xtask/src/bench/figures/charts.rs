@@ -3,7 +3,8 @@
 use plotters::style::{Color, RGBAColor};
 
 use super::canvas::PENCIL;
-use super::dots::{Dots, Row};
+use super::comparisons;
+use super::dots::{Dots, Row, in_words};
 use super::page::{Mark, Page, colour};
 use super::scale::number;
 use super::stacks::{Stack, Stacks};
@@ -27,7 +28,8 @@ const STACKS: &str = "Each bar is the whole time of the median run; the numbers 
 
 /// How a course of events is read.
 const OVER_TIME: &str = "Each panel is a way to move the container, in its run with the median downtime. The mover is \
-                         everything that works for the migration; the container's own processes are counted apart.";
+                         everything that works for the migration; the container's own processes are counted apart. \
+                         Where nothing moves, the shaded time is that of tracking.";
 
 /// Everything that can be drawn of `results`, or why it cannot.
 pub fn figures(results: &Results) -> Vec<Result<Figure, LeftOut>> {
@@ -67,6 +69,7 @@ pub fn figures(results: &Results) -> Vec<Result<Figure, LeftOut>> {
             &[(", source", metrics::SOURCE_CPU), (", destination", metrics::DESTINATION_CPU)],
         ),
     ];
+    figures.extend(results.ablations.iter().flat_map(|ablation| comparisons::figures(results, *ablation)));
     for group in &results.groups {
         figures.extend(over_time(results, group));
     }
@@ -89,10 +92,10 @@ fn dots(
                 let values: Vec<_> = cell.runs.iter().filter_map(metric.of).collect();
                 let goals = goals(&group.setting, &cell.mover);
                 let goal = goals.iter().find(|goal| goal.metric.key == metric.key);
-                let goal = goal.map(|goal| goal.limit.value());
-                if !values.is_empty() {
-                    let label = format!("{}{suffix}", cell.name);
-                    rows.push(Row { label, values, goal, colour: mover_colour(&cell.mover, number) });
+                let mark = goal.map(|goal| goal.limit.value());
+                if let Some(summary) = Summary::of(values.iter().copied()) {
+                    let (label, text) = (format!("{}{suffix}", cell.name), in_words(summary));
+                    rows.push(Row { label, values, text, mark, colour: mover_colour(&cell.mover, number) });
                 }
             }
         }
@@ -100,7 +103,7 @@ fn dots(
             groups.push((group.name.clone(), rows));
         }
     }
-    let dots = Dots { axis: axis.to_owned(), groups };
+    let dots = Dots { axis: axis.to_owned(), mark: "goal".to_owned(), groups };
     let page = page(results, title, DOTS, dots.legend());
     if dots.groups.is_empty() {
         return Err(LeftOut::new(name, of[0].1.title));
@@ -157,7 +160,7 @@ fn over_time(results: &Results, group: &Measured) -> [Result<Figure, LeftOut>; 3
             &["answers"],
             series::throughput,
         ),
-        figure("cpu", "CPU use at both ends", "% of one CPU", &ends, series::cpu),
+        figure("cpu", "CPU use at both ends", "% of one CPU, in means of 0.25 s", &ends, series::cpu),
         figure("memory", "Memory use at both ends", "MiB resident", &ends, series::memory),
     ]
 }
@@ -187,11 +190,11 @@ fn median_run(cell: &Cell, of: fn(&Run) -> Option<f64>) -> Option<&Run> {
     cell.runs.iter().min_by(|left, right| away(left).total_cmp(&away(right)))
 }
 
-fn mover_colour(mover: &Mover, number: usize) -> RGBAColor {
+pub fn mover_colour(mover: &Mover, number: usize) -> RGBAColor {
     if *mover == Mover::Control { PENCIL.to_rgba() } else { colour(number) }
 }
 
-fn page(results: &Results, title: &str, reading: &str, legend: Vec<(Mark, String)>) -> Page {
+pub fn page(results: &Results, title: &str, reading: &str, legend: Vec<(Mark, String)>) -> Page {
     Page { title: title.to_owned(), reading: reading.to_owned(), legend, origin: origin(results) }
 }
 

@@ -15,14 +15,16 @@ const HEADING: i32 = 38;
 const AXIS: i32 = 56;
 /// About how many numbers an axis has.
 const TICKS: u32 = 7;
-/// The colour of goals.
-const GOAL: RGBAColor = RGBAColor(190, 20, 40, 1.0);
+/// The colour of marks.
+const MARK_COLOUR: RGBAColor = RGBAColor(190, 20, 40, 1.0);
 
 /// The picture.
 #[derive(Debug, Clone)]
 pub struct Dots {
     /// What is measured, with its unit.
     pub axis: String,
+    /// What the marks are.
+    pub mark: String,
     /// Settings, each with its movers.
     pub groups: Vec<(String, Vec<Row>)>,
 }
@@ -34,10 +36,17 @@ pub struct Row {
     pub label: String,
     /// Its runs.
     pub values: Vec<f64>,
-    /// What is to be reached.
-    pub goal: Option<f64>,
+    /// What is said of them at its end.
+    pub text: String,
+    /// What is to be reached, or compared with.
+    pub mark: Option<f64>,
     /// Its colour.
     pub colour: RGBAColor,
+}
+
+/// Median and range as they stand at the end of a row.
+pub fn in_words(Summary { median, lowest, highest, .. }: Summary) -> String {
+    format!("{} ({}–{})", number(median), number(lowest), number(highest))
 }
 
 impl Dots {
@@ -48,8 +57,8 @@ impl Dots {
             (Mark::Dot(INK.mix(0.35), 3), "each run".to_owned()),
             (Mark::Line(INK.mix(0.5)), "lowest to highest".to_owned()),
         ];
-        if self.rows().any(|row| row.goal.is_some()) {
-            legend.push((Mark::Bar(GOAL), "goal".to_owned()));
+        if self.rows().any(|row| row.mark.is_some()) {
+            legend.push((Mark::Bar(MARK_COLOUR), self.mark.clone()));
         }
         legend
     }
@@ -61,7 +70,7 @@ impl Dots {
 
     /// Draws it from line `top` on.
     pub fn draw(&self, canvas: &dyn Canvas, top: i32) -> Result<()> {
-        let values = self.rows().flat_map(|row| row.values.iter().copied().chain(row.goal));
+        let values = self.rows().flat_map(|row| row.values.iter().copied().chain(row.mark));
         let labels = label_width(self.rows().map(|row| row.label.as_str()));
         let scale = Scale::for_values(values, (MARGIN + labels, WIDTH - MARGIN - VALUES));
         let bottom = top + self.height() - AXIS;
@@ -93,9 +102,9 @@ impl Dots {
 impl Row {
     fn draw(&self, canvas: &dyn Canvas, scale: &Scale, y: i32) -> Result<()> {
         canvas.text((MARGIN + 12, y), &self.label, Lettering::PLAIN)?;
-        if let Some(goal) = self.goal {
-            let x = scale.at(goal);
-            canvas.path(vec![(x, y - ROW / 2 + 2), (x, y + ROW / 2 - 2)], GOAL, 2)?;
+        if let Some(mark) = self.mark {
+            let x = scale.at(mark);
+            canvas.path(vec![(x, y - ROW / 2 + 2), (x, y + ROW / 2 - 2)], MARK_COLOUR, 2)?;
         }
         let Some(summary) = Summary::of(self.values.iter().copied()) else { return Ok(()) };
         let (from, to) = (scale.at(summary.lowest), scale.at(summary.highest));
@@ -104,9 +113,7 @@ impl Row {
             canvas.dot((scale.at(*value), y), 3, self.colour.mix(0.45))?;
         }
         canvas.dot((scale.at(summary.median), y), 6, self.colour)?;
-        let Summary { median, lowest, highest, .. } = summary;
-        let range = format!("{} ({}–{})", number(median), number(lowest), number(highest));
-        canvas.text((WIDTH - MARGIN, y), &range, Lettering::PLAIN.anchored(HPos::Right))
+        canvas.text((WIDTH - MARGIN, y), &self.text, Lettering::PLAIN.anchored(HPos::Right))
     }
 }
 

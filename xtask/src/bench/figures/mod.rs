@@ -4,6 +4,8 @@
 
 mod canvas;
 mod charts;
+mod comparisons;
+mod curves;
 mod dots;
 mod page;
 mod scale;
@@ -15,6 +17,7 @@ use std::fmt;
 use anyhow::Result;
 
 use self::canvas::Canvas;
+use self::curves::Curves;
 use self::dots::Dots;
 use self::page::{Page, WIDTH};
 use self::stacks::Stacks;
@@ -31,6 +34,7 @@ struct Figure {
 }
 
 enum Picture {
+    Curves(Curves),
     Dots(Dots),
     Stacks(Stacks),
     Timelines(Timelines),
@@ -90,6 +94,7 @@ impl Figure {
     fn draw(&self, canvas: &dyn Canvas) -> Result<()> {
         let top = self.page.draw(canvas, self.picture.height())?;
         match &self.picture {
+            Picture::Curves(curves) => curves.draw(canvas, top),
             Picture::Dots(dots) => dots.draw(canvas, top),
             Picture::Stacks(stacks) => stacks.draw(canvas, top),
             Picture::Timelines(timelines) => timelines.draw(canvas, top),
@@ -100,6 +105,7 @@ impl Figure {
 impl Picture {
     fn height(&self) -> i32 {
         match self {
+            Self::Curves(curves) => curves.height(),
             Self::Dots(dots) => dots.height(),
             Self::Stacks(stacks) => stacks.height(),
             Self::Timelines(timelines) => timelines.height(),

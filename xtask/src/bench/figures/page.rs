@@ -10,8 +10,8 @@ use super::canvas::{Canvas, INK, Lettering};
 pub const WIDTH: i32 = 1200;
 /// What is free at the sides.
 pub const MARGIN: i32 = 24;
-/// Colours of series, to be told apart also by those who see colours differently (Okabe and Ito).
-pub const COLOURS: [RGBColor; 10] = [
+/// Colours of series. The first ones can be told apart also by those who see colours differently (Okabe and Ito).
+pub const COLOURS: [RGBColor; 14] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -22,6 +22,10 @@ pub const COLOURS: [RGBColor; 10] = [
     RGBColor(120, 120, 120),
     RGBColor(90, 60, 150),
     RGBColor(200, 190, 60),
+    RGBColor(160, 20, 80),
+    RGBColor(40, 60, 60),
+    RGBColor(110, 150, 40),
+    RGBColor(240, 150, 140),
 ];
 
 /// Lines of the small print and of what is shown.

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use plotters::style::text_anchor::HPos;
-use plotters::style::{Color, RGBAColor, RGBColor};
+use plotters::style::{Color, RGBAColor};
 
 use super::canvas::{Canvas, GRID, Lettering, PENCIL};
 use super::dots::draw_axis;
@@ -19,8 +19,8 @@ const FAINT: f64 = 0.4;
 const TICKS: u32 = 4;
 /// The migration.
 const MIGRATION: RGBAColor = RGBAColor(225, 235, 245, 1.0);
-/// The time without answers.
-const BLACKOUT: RGBColor = RGBColor(190, 20, 40);
+/// The time in which the container runs nowhere; lines are seen through it.
+const BLACKOUT: RGBAColor = RGBAColor(190, 20, 40, 0.35);
 
 /// The picture.
 #[derive(Debug, Clone)]
@@ -44,7 +44,7 @@ pub struct Panel {
     pub others: Vec<Vec<Vec<(f64, f64)>>>,
     /// When the migration ended, in seconds since its start.
     pub end_s: f64,
-    /// When nobody answered.
+    /// When the container ran nowhere.
     pub blackout_s: Option<(f64, f64)>,
 }
 
@@ -58,7 +58,7 @@ impl Timelines {
             legend.push((Mark::Line(PENCIL.mix(FAINT)), "the same in other runs".to_owned()));
         }
         legend.push((Mark::Area(MIGRATION), "migration".to_owned()));
-        legend.push((Mark::Area(BLACKOUT.mix(0.5)), "no answers".to_owned()));
+        legend.push((Mark::Area(BLACKOUT), "blackout".to_owned()));
         legend
     }
 
@@ -102,7 +102,7 @@ impl Panel {
         if let Some((from, to)) = self.blackout_s {
             let left = across.at(from);
             // Even the shortest one is seen.
-            canvas.rectangle([(left, top), (across.at(to).max(left + 2), bottom)], BLACKOUT.mix(0.5))?;
+            canvas.rectangle([(left, top), (across.at(to).max(left + 2), bottom)], BLACKOUT)?;
         }
         for tick in up.ticks(TICKS) {
             let y = up.at(tick);
