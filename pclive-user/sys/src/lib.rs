@@ -2,6 +2,7 @@
 //!
 //! This is the only crate of the workspace with `unsafe` code.
 
+pub mod codicil;
 pub mod cpu;
 pub mod init;
 pub mod kcmp;

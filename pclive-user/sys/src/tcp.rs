@@ -2,20 +2,21 @@
 //!
 //! A socket in repair mode is not usable for its owner (`send` fails with `EINVAL`), and nothing but another
 //! `setsockopt(2)` takes it out again, not even the death of the one who put it in. So [`Repair`] is a guard: it
-//! leaves the mode when dropped, and everything that is read happens in between, in microseconds.
+//! leaves the mode when dropped, and everything that is read happens in between, in microseconds. Who may be killed
+//! meanwhile leaves the [`way_out`] to somebody else, in a [`Codicil`](crate::codicil).
 //!
 //! What the kernel does here is in `net/ipv4/tcp.c` (`do_tcp_setsockopt`, `tcp_sendmsg_locked`, `tcp_peek_sndq`,
 //! `tcp_repair_options_est`) and `net/ipv4/tcp_output.c` (`tcp_connect`, `tcp_write_xmit`).
 
+use crate::codicil::Setting;
 use crate::sockopt::{get, get_int, set, set_int};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-const REPAIR_OFF: i32 = 0;
 const REPAIR_ON: i32 = 1;
-/// Leaves without a window probe (Linux 4.19).
+/// Leaves without a window probe (Linux 4.19): nothing is to be sent, and the links may be down.
 const REPAIR_OFF_NO_WP: i32 = -1;
 
 /// `linux/tcp.h`; TCP option kinds as in the header.
@@ -131,13 +132,29 @@ impl TcpInfo {
     }
 }
 
-/// A socket in repair mode; leaves the mode, without sending anything, when dropped.
+/// What takes a socket out of repair mode and makes it as it is now; also if it is in repair mode now.
 ///
-/// The mode forces address reuse for `bind(2)` and forgets `SO_REUSEADDR` when it is left, so the guard puts that back.
+/// The mode forces address reuse for `bind(2)` and forgets `SO_REUSEADDR` when it is left.
+///
+/// # Errors
+/// The kernel's.
+pub fn way_out(socket: BorrowedFd<'_>) -> nix::Result<[Setting; 2]> {
+    // In the mode the option reads as SK_FORCE_REUSE: then somebody has been here before and died.
+    get_int(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR).map(|reuse| way_out_to(reuse.min(1)))
+}
+
+fn way_out_to(reuse_address: i32) -> [Setting; 2] {
+    [
+        Setting { level: libc::IPPROTO_TCP, name: libc::TCP_REPAIR, value: REPAIR_OFF_NO_WP },
+        Setting { level: libc::SOL_SOCKET, name: libc::SO_REUSEADDR, value: reuse_address },
+    ]
+}
+
+/// A socket in repair mode; leaves the mode, without sending anything, when dropped.
 #[derive(Debug)]
 pub struct Repair<'a> {
     socket: BorrowedFd<'a>,
-    reuse_address: i32,
+    way_out: [Setting; 2],
 }
 
 impl<'a> Repair<'a> {
@@ -146,15 +163,14 @@ impl<'a> Repair<'a> {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN` in the user namespace that owns the socket's network namespace, or if it listens.
     pub fn enter(socket: BorrowedFd<'a>) -> nix::Result<Self> {
-        // In the mode the option reads as SK_FORCE_REUSE: then somebody has been here before and died.
-        let reuse_address = get_int(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?.min(1);
+        let way_out = way_out(socket)?;
         set_int(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_ON)?;
-        Ok(Self { socket, reuse_address })
+        Ok(Self { socket, way_out })
     }
 
     /// Takes over a socket that [`stay`](Self::stay) left in repair mode; leaving it sets `SO_REUSEADDR` as told.
     pub fn resume(socket: BorrowedFd<'a>, reuse_address: bool) -> Self {
-        Self { socket, reuse_address: reuse_address.into() }
+        Self { socket, way_out: way_out_to(reuse_address.into()) }
     }
 
     /// Leaves the socket in repair mode: closing it then sends neither FIN nor RST.
@@ -173,12 +189,7 @@ impl<'a> Repair<'a> {
     }
 
     fn off(&self) -> nix::Result<()> {
-        // Before Linux 4.19 the only way out also sends a window probe, which does no harm.
-        match set_int(self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_OFF_NO_WP) {
-            Err(Errno::EINVAL) => set_int(self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_OFF)?,
-            other => other?,
-        }
-        set_int(self.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, self.reuse_address)
+        self.way_out.iter().try_for_each(|setting| setting.apply(self.socket))
     }
 
     /// Chooses the queue that the next calls are about.

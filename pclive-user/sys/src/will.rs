@@ -7,12 +7,14 @@
 //!
 //! The will itself is a memory file that both processes have. A word at its start says how long the text is, and is
 //! written last: a will that was only half written when the process died says nothing. Drawing one up costs three writes
-//! to memory and no scheduling, so it may be done where time is short.
+//! to memory and no scheduling, so it may be done where time is short. What is changed and changed back within
+//! microseconds on sockets that nobody knew of when the child was forked is in a [`Codicil`], and undone first.
 //!
 //! The child takes no signal but `SIGKILL`, and has a session of its own, so that a signal to the process group or from
 //! the terminal does not reach it. Whoever kills it too (the end of a whole cgroup does) prevents the will from being
 //! carried out.
 
+use crate::codicil::{Codicil, undo_all};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
@@ -43,6 +45,7 @@ pub struct Instruction<'fd> {
 #[derive(Debug)]
 pub struct LastWill {
     text: File,
+    codicil: Codicil,
     /// Open as long as this process lives; closed before the child is waited for.
     alive: Option<OwnedFd>,
     waiting: Option<JoinHandle<()>>,
@@ -54,24 +57,31 @@ impl LastWill {
         let text = File::from(memfd_create(c"last-will", MFdFlags::MFD_CLOEXEC)?);
         text.write_all_at(&[0; LENGTH_SIZE], 0)?;
         let (dead, alive) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let codicil = Codicil::new()?;
+        let own =
+            Papers { text: text.as_raw_fd(), codicil: codicil.queue().as_raw_fd(), dead: dead.as_raw_fd() };
         let mut kept: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        kept.extend([text.as_raw_fd(), dead.as_raw_fd()]);
+        kept.extend([own.text, own.codicil, own.dead]);
         kept.sort_unstable();
-        let text_fd = text.as_raw_fd();
         let (tell, told) = mpsc::sync_channel(1);
         // The child belongs to a thread of its own, which waits for it: so it is nobody else's business, neither of those
         // who wait for just any child of theirs, nor as a zombie.
         let waiting = std::thread::Builder::new().name("last-will".into()).spawn(move || {
-            let child = fork_executor(&kept, text_fd, dead.as_raw_fd());
+            let child = fork_executor(&kept, own);
             drop(dead);
             let _ = tell.send(child.map(drop));
             if let Ok(child) = child {
                 wait(child);
             }
         })?;
-        let will = Self { text, alive: Some(alive), waiting: Some(waiting) };
+        let will = Self { text, codicil, alive: Some(alive), waiting: Some(waiting) };
         told.recv().map_err(io::Error::other)??;
         Ok(will)
+    }
+
+    /// A codicil to it, valid as long as the will is not dropped.
+    pub fn codicil(&self) -> io::Result<Codicil> {
+        self.codicil.try_clone()
     }
 
     /// Writes the will; an earlier one is void.
@@ -102,15 +112,24 @@ impl Drop for LastWill {
     }
 }
 
+/// What the executor reads.
+#[derive(Clone, Copy)]
+struct Papers {
+    text: RawFd,
+    codicil: RawFd,
+    /// At its end when the testator has died.
+    dead: RawFd,
+}
+
 /// Forks the process that carries the will out. It inherits every signal blocked.
-fn fork_executor(kept: &[RawFd], text: RawFd, dead: RawFd) -> nix::Result<libc::pid_t> {
+fn fork_executor(kept: &[RawFd], papers: Papers) -> nix::Result<libc::pid_t> {
     let mut before = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
     // SAFETY: the child of a process with several threads may only call what is async-signal-safe: `execute` makes nothing
     // but plain system calls, allocates nothing and does not return.
     let forked = unsafe { libc::fork() };
     if forked == 0 {
-        execute(kept, text, dead);
+        execute(kept, papers);
     }
     let forked = Errno::result(forked);
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
@@ -118,7 +137,7 @@ fn fork_executor(kept: &[RawFd], text: RawFd, dead: RawFd) -> nix::Result<libc::
 }
 
 /// The life of the child.
-fn execute(kept: &[RawFd], text: RawFd, dead: RawFd) -> ! {
+fn execute(kept: &[RawFd], Papers { text, codicil, dead }: Papers) -> ! {
     // SAFETY: these calls take integers, and pointers to constants or to values on this stack with their true sizes. The
     // descriptors are this process's copies; whatever is closed or exits here does so in this process only.
     unsafe {
@@ -128,6 +147,7 @@ fn execute(kept: &[RawFd], text: RawFd, dead: RawFd) -> ! {
         let mut byte = 0u8;
         // The other end is never written to: this returns 0 when it is closed, or fails when it is interrupted.
         while libc::read(dead, (&raw mut byte).cast(), 1) < 0 && *libc::__errno_location() == libc::EINTR {}
+        undo_all(codicil);
         let mut length = 0u64;
         if libc::pread(text, (&raw mut length).cast(), LENGTH_SIZE, 0) == LENGTH_SIZE as isize && length > 0 {
             carry_out(text, length as usize);
@@ -191,8 +211,11 @@ fn wait(child: libc::pid_t) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codicil::Setting;
+    use crate::sockopt::get_int;
     use std::io::{Read, pipe};
     use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
 
     /// What a will of these words has said once `end` has ended it.
     fn heard(words: &[&str], end: impl FnOnce(LastWill)) -> String {
@@ -231,6 +254,30 @@ mod tests {
         let mut heard = String::new();
         ear.read_to_string(&mut heard).unwrap();
         assert_eq!(heard, "farewell");
+    }
+
+    #[test]
+    fn a_change_in_the_midst_of_which_it_is_killed_is_undone_before_the_will_says_more() {
+        let (mut ear, mouth) = pipe().unwrap();
+        let (socket, _peer) = UnixDatagram::pair().unwrap();
+        let priority = |value| Setting { level: libc::SOL_SOCKET, name: libc::SO_PRIORITY, value };
+        // SAFETY: as above.
+        let testator = unsafe { libc::fork() };
+        if testator == 0 {
+            let mut will = LastWill::open(&[mouth.as_fd()]).unwrap();
+            will.write(&[Instruction { fd: mouth.as_fd(), bytes: b"farewell".to_vec() }]).unwrap();
+            let mut codicil = will.codicil().unwrap();
+            let change = || {
+                priority(5).apply(socket.as_fd()).unwrap();
+                // SAFETY: it sends a signal to itself.
+                unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+            };
+            codicil.during(socket.as_fd(), &[priority(3)], change).unwrap();
+        }
+        drop(mouth);
+        wait(testator);
+        ear.read_exact(&mut [0; 8]).unwrap();
+        assert_eq!(get_int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_PRIORITY), Ok(3));
     }
 
     #[test]

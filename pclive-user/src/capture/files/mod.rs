@@ -39,6 +39,7 @@ use crate::capture::sockets::SocketCapture;
 use crate::capture::{Access, Obstacles, SourceProcess};
 use error::Refusal;
 use identity::{Found, Index};
+use pclive_sys::codicil::Codicil;
 use pclive_sys::owner::owner;
 use pclive_wire::NsPid;
 use pclive_wire::manifest::{Description, DescriptionId, DescriptionKind, FdEntry};
@@ -61,7 +62,7 @@ pub struct CapturedFiles {
 /// Reads the descriptor tables of `processes` and every open file description that they name.
 ///
 /// What cannot be moved is added to `obstacles` or to [`CapturedFiles::transient`]; the result is complete if neither
-/// got anything.
+/// got anything. For the `codicil` see [`SocketCapture::begin`].
 ///
 /// # Errors
 /// The kernel refused a call that should have worked.
@@ -69,6 +70,7 @@ pub fn capture_files(
     processes: &[SourceProcess],
     env: &ContainerEnv,
     access: Access,
+    codicil: Option<Codicil>,
     obstacles: &mut Obstacles,
 ) -> Result<CapturedFiles, FileError> {
     let mut reader = TableReader::new(access);
@@ -77,7 +79,7 @@ pub fn capture_files(
         open.extend(reader.read(index, process)?);
     }
     let found = identity::group(open, access)?;
-    let mut describer = Describer::new(processes, env, access, &found)?;
+    let mut describer = Describer::new(processes, env, access, codicil, &found)?;
     let mut refused = Refused { obstacles, transient: Vec::new() };
     let mut descriptions = Vec::new();
     let mut ids = vec![None; found.len()];
@@ -165,9 +167,10 @@ impl<'a> Describer<'a> {
         processes: &'a [SourceProcess],
         env: &'a ContainerEnv,
         access: Access,
+        codicil: Option<Codicil>,
         found: &'a [Found],
     ) -> Result<Self, FileError> {
-        let sockets = SocketCapture::begin(env.netns.as_fd())
+        let sockets = SocketCapture::begin(env.netns.as_fd(), codicil)
             .map_err(|error| FileError::Socket { object: "all sockets".into(), error })?;
         Ok(Self {
             processes,

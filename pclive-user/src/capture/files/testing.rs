@@ -78,7 +78,7 @@ impl Holder {
     pub fn capture(&self, access: Access) -> (CapturedFiles, Vec<Obstacle>) {
         let env = ContainerEnv::open(self.processes[0].pid).unwrap();
         let mut obstacles = Obstacles::default();
-        let captured = capture_files(&self.processes, &env, access, &mut obstacles).unwrap();
+        let captured = capture_files(&self.processes, &env, access, None, &mut obstacles).unwrap();
         (captured, obstacles.into_sorted())
     }
 }

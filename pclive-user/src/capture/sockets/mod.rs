@@ -3,9 +3,9 @@
 //! # How a connection moves without its peer noticing
 //!
 //! `TCP_REPAIR` gives sequence numbers, queues, windows and negotiated options of a connection. While it is read, the
-//! socket is unusable for its owner, and stays so if pclive dies: so each socket is in repair mode for microseconds
-//! only, and [`SocketCapture::silence`] puts all of them into it for good when the source's copy is to be destroyed, so
-//! that closing them sends neither FIN nor RST.
+//! socket is unusable for its owner: so each socket is in repair mode for microseconds only, and a [`Codicil`] takes it
+//! out should pclive die meanwhile. [`SocketCapture::silence`] puts all of them into it for good when the source's copy is
+//! to be destroyed, so that closing them sends neither FIN nor RST.
 //!
 //! # Both ends in the container
 //!
@@ -34,6 +34,7 @@ mod unix;
 
 use super::Access;
 use nix::errno::Errno;
+use pclive_sys::codicil::{Codicil, Setting};
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::sock_diag::{SockDiag, UnixEntry, state};
 use pclive_sys::{sockopt, tcp::Repair};
@@ -156,18 +157,41 @@ pub struct SocketCapture {
     netns_cookie: Option<u64>,
     connections: Vec<Connection>,
     captured_unix: HashSet<u32>,
+    provision: Provision,
+}
+
+/// Who makes good what is changed in a socket while it is read, should pclive die meanwhile.
+#[derive(Debug)]
+struct Provision(Option<Codicil>);
+
+impl Provision {
+    /// Makes a `change` to a socket which that closure undoes itself; otherwise the `settings` do.
+    fn during<T>(
+        &mut self,
+        source: Source<'_>,
+        settings: &[Setting],
+        change: impl FnOnce() -> Result<T, SocketError>,
+    ) -> Result<T, SocketError> {
+        match &mut self.0 {
+            Some(codicil) => source.call("SCM_RIGHTS", codicil.during(source.fd, settings, change)).flatten(),
+            None => change(),
+        }
+    }
 }
 
 impl SocketCapture {
     /// Reads the tables of the container's network namespace: after the freeze and with the links down, or for a survey.
     ///
+    /// Sockets of a frozen container are changed while they are read. With a `codicil` they are as before even if pclive
+    /// is killed at that moment.
+    ///
     /// # Errors
     /// [`SocketError::Tables`] if the kernel has no sock_diag.
-    pub fn begin(netns: BorrowedFd<'_>) -> Result<Self, SocketError> {
-        run_in_netns(netns, Self::read_tables)?
+    pub fn begin(netns: BorrowedFd<'_>, codicil: Option<Codicil>) -> Result<Self, SocketError> {
+        run_in_netns(netns, || Self::read_tables(Provision(codicil)))?
     }
 
-    fn read_tables() -> Result<Self, SocketError> {
+    fn read_tables(provision: Provision) -> Result<Self, SocketError> {
         let error = |call| move |source| SocketError::Tables { call, source };
         let mut tables = SockDiag::open().map_err(error("socket NETLINK_SOCK_DIAG"))?;
         let unix = tables.unix().map_err(error("unix_diag"))?;
@@ -189,6 +213,7 @@ impl SocketCapture {
             netns_cookie: netns_cookie(own.as_fd()),
             connections: Vec::new(),
             captured_unix: HashSet::new(),
+            provision,
         })
     }
 
@@ -232,13 +257,13 @@ impl SocketCapture {
         let entry = u32::try_from(source.inode).ok().and_then(|inode| self.unix.get(&inode));
         let entry =
             entry.ok_or_else(|| SocketError::transient("a unix socket made after the tables were read"))?;
-        let socket = unix::capture(source, entry, &self.unix)?;
+        let socket = unix::capture(source, entry, &self.unix, &mut self.provision)?;
         self.captured_unix.insert(entry.inode);
         Ok(DescriptionKind::Unix(Box::new(socket)))
     }
 
     fn capture_tcp(&mut self, source: Source<'_>, ipv6: bool) -> Result<DescriptionKind, SocketError> {
-        let socket = tcp::capture(source, ipv6)?;
+        let socket = tcp::capture(source, ipv6, &mut self.provision)?;
         if let (TcpState::Connected(connection), Some(local), Access::Frozen) =
             (&socket.state, socket.local, source.access)
         {
@@ -268,7 +293,7 @@ impl SocketCapture {
     }
 
     /// Reads connections with both ends in the container again, both ends at one moment.
-    fn reconcile_pairs(&self, descriptions: &mut [Description]) -> Vec<(u64, SocketError)> {
+    fn reconcile_pairs(&mut self, descriptions: &mut [Description]) -> Vec<(u64, SocketError)> {
         let by_address: HashMap<_, _> =
             self.connections.iter().enumerate().map(|(at, c)| ((c.local, c.remote), at)).collect();
         let mut readings = HashMap::new();
@@ -277,7 +302,7 @@ impl SocketCapture {
             let Some(&other) = by_address.get(&(first.remote, first.local)) else { continue };
             // Each pair once. A socket connected to itself is its own other end, and always agrees.
             if at < other {
-                match tcp::capture_pair(first, &self.connections[other]) {
+                match tcp::capture_pair(first, &self.connections[other], &mut self.provision) {
                     Ok((here, there)) => {
                         readings.insert((first.local, first.remote), here);
                         readings.insert((first.remote, first.local), there);

@@ -1,13 +1,13 @@
 //! TCP sockets: listeners, connections in all states that have a descriptor, and closed ones.
 
 use super::options::Family;
-use super::{Connection, SocketError, Source};
+use super::{Connection, Provision, SocketError, Source};
 use crate::capture::Access;
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use pclive_sys::sock_diag::state;
 use pclive_sys::sockopt;
-use pclive_sys::tcp::{Queue, Repair, RepairWindow, TcpInfo};
+use pclive_sys::tcp::{Queue, Repair, RepairWindow, TcpInfo, way_out};
 use pclive_wire::manifest::{TcpConnection, TcpSocket, TcpState};
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::AsRawFd;
@@ -16,7 +16,11 @@ use std::os::fd::AsRawFd;
 const PAIR_ATTEMPTS: usize = 16;
 
 /// Captures one TCP socket.
-pub(super) fn capture(source: Source<'_>, ipv6: bool) -> Result<TcpSocket, SocketError> {
+pub(super) fn capture(
+    source: Source<'_>,
+    ipv6: bool,
+    provision: &mut Provision,
+) -> Result<TcpSocket, SocketError> {
     refuse_extensions(source)?;
     let info = source.call("TCP_INFO", TcpInfo::of(source.fd))?;
     let local = source.call("getsockname", getsockname(source.fd.as_raw_fd()).and_then(to_std))?;
@@ -29,7 +33,7 @@ pub(super) fn capture(source: Source<'_>, ipv6: bool) -> Result<TcpSocket, Socke
                 "a TCP connection from {local} that is being opened"
             )));
         }
-        _ => TcpState::Connected(Box::new(connection(source)?)),
+        _ => TcpState::Connected(Box::new(connection(source, provision)?)),
     };
     if is_link_local(local) {
         return Err(SocketError::unsupported(
@@ -96,7 +100,7 @@ fn closed(source: Source<'_>) -> Result<TcpState, SocketError> {
 }
 
 /// The remote address of a connection, and the rest of it if the container is frozen.
-fn connection(source: Source<'_>) -> Result<TcpConnection, SocketError> {
+fn connection(source: Source<'_>, provision: &mut Provision) -> Result<TcpConnection, SocketError> {
     let remote = source.call("getpeername", getpeername(source.fd.as_raw_fd()).and_then(to_std))?;
     match source.access {
         Access::Survey => Ok(TcpConnection {
@@ -118,19 +122,23 @@ fn connection(source: Source<'_>) -> Result<TcpConnection, SocketError> {
             sack: false,
             timestamp: None,
         }),
-        Access::Frozen => in_repair_mode(source, |repair| read(source, repair, remote)),
+        Access::Frozen => in_repair_mode(source, provision, |repair| read(source, repair, remote)),
     }
 }
 
 /// Puts the socket into repair mode for as long as `f` runs.
 fn in_repair_mode<T>(
     source: Source<'_>,
+    provision: &mut Provision,
     f: impl FnOnce(&Repair<'_>) -> Result<T, SocketError>,
 ) -> Result<T, SocketError> {
-    let repair = source.call("TCP_REPAIR", Repair::enter(source.fd))?;
-    let result = f(&repair);
-    source.call("TCP_REPAIR off", repair.leave())?;
-    result
+    let way_out = source.call("SO_REUSEADDR", way_out(source.fd))?;
+    provision.during(source, &way_out, || {
+        let repair = source.call("TCP_REPAIR", Repair::enter(source.fd))?;
+        let result = f(&repair);
+        source.call("TCP_REPAIR off", repair.leave())?;
+        result
+    })
 }
 
 /// Reads a connection in repair mode.
@@ -201,11 +209,12 @@ fn words(window: RepairWindow) -> [u32; 5] {
 pub(super) fn capture_pair(
     first: &Connection,
     second: &Connection,
+    provision: &mut Provision,
 ) -> Result<(TcpConnection, TcpConnection), SocketError> {
     for _ in 0..PAIR_ATTEMPTS {
-        let first_reading = connection(first.source())?;
-        let second_reading = connection(second.source())?;
-        let again = connection(first.source())?;
+        let first_reading = connection(first.source(), provision)?;
+        let second_reading = connection(second.source(), provision)?;
+        let again = connection(first.source(), provision)?;
         if extent(&first_reading) == extent(&again) {
             return Ok((first_reading, second_reading));
         }

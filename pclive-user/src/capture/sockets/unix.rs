@@ -1,10 +1,11 @@
 //! Unix-domain sockets: pairs, listeners and connections with abstract names, and what waits in their queues.
 
 use super::options::Family;
-use super::{SocketError, Source};
+use super::{Provision, SocketError, Source};
 use crate::capture::Access;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recvmsg};
+use pclive_sys::codicil::Setting;
 use pclive_sys::sock_diag::{UnixEntry, state};
 use pclive_sys::sockopt;
 use pclive_wire::manifest::{UnixPeer, UnixSocket};
@@ -20,6 +21,7 @@ pub(super) fn capture(
     source: Source<'_>,
     entry: &UnixEntry,
     table: &HashMap<u32, UnixEntry>,
+    provision: &mut Provision,
 ) -> Result<UnixSocket, SocketError> {
     if entry.name.first().is_some_and(|first| *first != 0) {
         let path = String::from_utf8_lossy(&entry.name);
@@ -45,7 +47,7 @@ pub(super) fn capture(
         queue: if listens || source.access == Access::Survey {
             Vec::new()
         } else {
-            queue(source, entry, peer, table)?
+            queue(source, entry, peer, table, provision)?
         },
         shutdown: entry.shutdown,
         owner: source.owner()?,
@@ -91,14 +93,17 @@ fn queue(
     entry: &UnixEntry,
     peer: UnixPeer,
     table: &HashMap<u32, UnixEntry>,
+    provision: &mut Provision,
 ) -> Result<Vec<Vec<u8>>, SocketError> {
-    let reader = source.int("SO_PEEK_OFF", libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
-    // With an offset every peek goes on where the last one ended (Linux 3.4).
-    let peek_from = |offset| sockopt::set_int(source.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset);
-    source.call("SO_PEEK_OFF", peek_from(0))?;
-    let messages = peek_all(source, entry);
-    source.call("SO_PEEK_OFF", peek_from(reader))?;
-    let messages = messages?;
+    let peek_from = |value| Setting { level: libc::SOL_SOCKET, name: libc::SO_PEEK_OFF, value };
+    let reader = peek_from(source.int("SO_PEEK_OFF", libc::SOL_SOCKET, libc::SO_PEEK_OFF)?);
+    let messages = provision.during(source, &[reader], || {
+        // With an offset every peek goes on where the last one ended (Linux 3.4).
+        source.call("SO_PEEK_OFF", peek_from(0).apply(source.fd))?;
+        let messages = peek_all(source, entry);
+        source.call("SO_PEEK_OFF", reader.apply(source.fd))?;
+        messages
+    })?;
     if messages.is_empty() {
         return Ok(messages);
     }

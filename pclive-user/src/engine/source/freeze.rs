@@ -168,7 +168,8 @@ impl Migration<'_> {
     pub(super) fn hand_off(&mut self) -> Result<Handed, MigrateError> {
         self.clock.enter("commit");
         self.cancellation.check()?;
-        // From here on the container stays frozen, and its links down, even if pclive dies.
+        // From here on the container stays frozen, and its links down, even if pclive dies. It is asked to freeze already:
+        // here it is made sure of.
         self.container.cgroup().freeze(FREEZER).map_err(ContainerError::Cgroup)?;
         self.links.keep_down()?;
         self.channel.shield();
@@ -217,7 +218,9 @@ fn capture(
     links.take_down()?;
     clock.enter("capture files");
     let mut obstacles = Obstacles::default();
-    let files = capture_files(container.processes(), container.env(), Access::Frozen, &mut obstacles)?;
+    let codicil = Some(links.codicil()?);
+    let files =
+        capture_files(container.processes(), container.env(), Access::Frozen, codicil, &mut obstacles)?;
     match obstacles.is_empty() {
         true => Ok((processes, files)),
         false => Err(MigrateError::Obstacles(obstacles.into_sorted())),

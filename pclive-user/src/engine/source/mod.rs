@@ -5,10 +5,11 @@
 //! is decides the machine of [`crate::handoff`]: it is told everything that happens, and says what has to be done.
 //!
 //! The same holds if pclive is killed. Before the commit the kernel lets the threads go, ends the write protection and
-//! detaches the eBPF programs, and a [`LastWill`](pclive_sys::will) brings the links back. Just before the commit is sent
-//! the container is frozen by its cgroup and the will revoked: from then on it stays as it is, for the operator to decide.
-//! Not covered are the microseconds in which a thread makes calls for pclive ([`pclive_sys::script::Borrowed`]), or a
-//! connection is read ([`crate::capture::sockets`]).
+//! detaches the eBPF programs, and a [`LastWill`](pclive_sys::will) takes a socket that is just being read out of its
+//! mode, brings the links back, and only then thaws the container, which is frozen by its cgroup while the links are down.
+//! Just before the commit is sent the will is revoked: from then on the container stays as it is, for the operator to
+//! decide. Not covered are the microseconds in which a thread makes calls for pclive
+//! ([`pclive_sys::script::Borrowed`]).
 
 mod container;
 mod freeze;
@@ -261,7 +262,7 @@ fn survey_all(container: &Container) -> Result<Vec<Obstacle>, MigrateError> {
         obstacles.add(NsPid(1), format!("cgroup {}", cgroup.path().display()), reason, remedy);
     }
     survey(container.processes(), container.env(), &mut obstacles)?;
-    capture_files(container.processes(), container.env(), Access::Survey, &mut obstacles)?;
+    capture_files(container.processes(), container.env(), Access::Survey, None, &mut obstacles)?;
     Ok(obstacles.into_sorted())
 }
 

@@ -9,7 +9,9 @@
 //! blackout, from any thread.
 //!
 //! A pclive that is killed while the links are down cannot bring them up again. So before they go down, what brings them
-//! back is put into a [`LastWill`], which a process of its own carries out if pclive ends, however it ends. From
+//! back is put into a [`LastWill`], which a process of its own carries out if pclive ends, however it ends. The container
+//! must not meet them down: the kernel lets traced threads go on as soon as their tracer is dead, before anybody else has
+//! heard of it. So the container is frozen by its cgroup, too, and thawed by the will when all else is done. From
 //! [`Links::keep_down`] on, which the source calls just before it commits, they stay down instead: the container may then
 //! run at the destination, and a second host must not answer for it.
 
@@ -19,6 +21,7 @@ mod snapshot;
 
 use netlink::{Netlink, Request};
 use netlink_packet_core::DecodeError;
+use pclive_sys::codicil::Codicil;
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::packet::PacketSocket;
 use pclive_sys::will::{Instruction, LastWill};
@@ -86,6 +89,9 @@ pub enum LinkError {
     /// Nobody could bring the links back if pclive were killed.
     #[error("cannot provide for the links' return should pclive be killed")]
     Will(#[source] io::Error),
+    /// The container cannot be kept from running while they are down.
+    #[error("cannot write 1 to the container's cgroup.freeze")]
+    Freeze(#[source] io::Error),
     /// A list changes all the time.
     #[error("cannot {what}: it changes faster than it can be read")]
     Unsettled {
@@ -130,7 +136,7 @@ pub struct Links {
     snapshot: Snapshot,
     down: bool,
     detection: Vec<DuplicateDetection>,
-    /// `cgroup.freeze` of the container: thawed by the will, in case it is frozen by then.
+    /// `cgroup.freeze` of the container: frozen before the links go down, thawed by the will.
     freezer: Option<File>,
     /// Brings the links back if this process cannot.
     will: LastWill,
@@ -148,8 +154,8 @@ impl fmt::Debug for Links {
 impl Links {
     /// Opens what is needed in the network namespace `netns`; changes nothing.
     ///
-    /// `freezer` is the container's `cgroup.freeze`, if it will be frozen while the links are down: then it is thawed
-    /// together with the links' return if pclive is killed.
+    /// `freezer` is the container's `cgroup.freeze`, if there is a container that may go on here: it is frozen when the links
+    /// go down, and thawed after their return if pclive is killed. Otherwise thawing it is the caller's business.
     ///
     /// # Errors
     /// [`LinkError::OwnNamespace`] if `netns` is the one that pclive itself is in.
@@ -182,6 +188,9 @@ impl Links {
         }
         self.snapshot = Snapshot::take(&mut self.netlink)?;
         self.write_will()?;
+        if let Some(freezer) = &self.freezer {
+            freezer.write_all_at(b"1", 0).map_err(LinkError::Freeze)?;
+        }
         let up = self.snapshot.links.iter().filter(|link| link.up);
         let requests: Vec<Request> = up.map(|link| link.set(false)).collect();
         // Also after an error: some links may be down.
@@ -189,6 +198,11 @@ impl Links {
         self.netlink.apply(&requests)?;
         // Detection is decided on when a link comes up; it must be off by then.
         self.detection.iter_mut().try_for_each(DuplicateDetection::suspend)
+    }
+
+    /// For what is changed in the container's sockets while the links are down.
+    pub fn codicil(&self) -> Result<Codicil, LinkError> {
+        self.will.codicil().map_err(LinkError::Will)
     }
 
     /// From here on the links stay down, also if pclive is killed: until [`Links::restore`] or [`Links::bring_up`].

@@ -120,7 +120,7 @@ impl Lab {
     fn migrate_timed(&mut self, sockets: Vec<OwnedFd>) -> (Vec<OwnedFd>, Timing) {
         self.down(self.current);
         let start = Instant::now();
-        let mut capture = SocketCapture::begin(self.hosts[self.current].as_fd()).unwrap();
+        let mut capture = SocketCapture::begin(self.hosts[self.current].as_fd(), None).unwrap();
         let begin = start.elapsed();
         let mut descriptions = capture_all(&mut capture, &sockets);
         let wrong = capture.finish(&mut descriptions, Access::Frozen);
