@@ -87,8 +87,8 @@ pub fn migration_span_us(load: &LoadReport) -> (u64, u64) {
     (mark(MIGRATE), mark(MIGRATED))
 }
 
-/// Touches `bytes` of the machine's memory, so that a virtual machine's host has backed it before anything is
+/// As many bytes of the machine's memory, touched, so that a virtual machine's host has backed them before anything is
 /// measured: first touches can be several times slower.
-pub fn warm_up_memory(bytes: u64) {
-    std::hint::black_box(vec![1_u8; bytes as usize]);
+pub fn touched_memory(bytes: u64) -> Vec<u8> {
+    std::hint::black_box(vec![1_u8; bytes as usize])
 }

@@ -227,11 +227,15 @@ impl Difference {
         (self.without.median > 0.0).then(|| 100.0 * self.with.median / self.without.median)
     }
 
-    /// Whether no run of one is within the range of the other's, and there are enough of them to say so.
-    pub fn is_clear(&self) -> bool {
+    /// Why it may be chance; `None` if no run of one is within the range of the other's.
+    pub fn doubt(&self) -> Option<&'static str> {
         const ENOUGH: usize = 2;
         let (one, other) = (self.without, self.with);
-        one.count.min(other.count) >= ENOUGH && (one.highest < other.lowest || other.highest < one.lowest)
+        if one.count.min(other.count) < ENOUGH {
+            return Some("one run");
+        }
+        let apart = one.highest < other.lowest || other.highest < one.lowest;
+        (!apart).then_some("within the spread")
     }
 }
 
@@ -259,9 +263,9 @@ mod tests {
     #[test]
     fn a_difference_is_clear_if_the_ranges_are_apart() {
         let summary = |lowest, highest, count| Summary { median: lowest, lowest, highest, count };
-        let clear = |without, with| Difference { metric: metrics::GAP, without, with }.is_clear();
-        assert!(clear(summary(10.0, 12.0, 3), summary(2.0, 9.0, 3)));
-        assert!(!clear(summary(10.0, 12.0, 3), summary(2.0, 10.0, 3)));
-        assert!(!clear(summary(10.0, 12.0, 3), summary(2.0, 2.0, 1)), "one run has no range");
+        let doubt = |without, with| Difference { metric: metrics::GAP, without, with }.doubt();
+        assert_eq!(doubt(summary(10.0, 12.0, 3), summary(2.0, 9.0, 3)), None);
+        assert_eq!(doubt(summary(10.0, 12.0, 3), summary(2.0, 10.0, 3)), Some("within the spread"));
+        assert_eq!(doubt(summary(10.0, 12.0, 3), summary(2.0, 2.0, 1)), Some("one run"));
     }
 }

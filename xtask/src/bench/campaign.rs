@@ -2,6 +2,10 @@
 //!
 //! The last of each turn is the control: the same load for as long as the migrations take, without one. What its
 //! throughput and its longest gap do is the noise that every other number has to be read against.
+//!
+//! Who comes after whom matters: a virtual machine gives memory back to its host some seconds after it was freed, and has
+//! to ask for it again. So as much memory as the migration will take is touched before, and kept until shortly before it
+//! begins; and every other turn goes backwards.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -13,16 +17,20 @@ use pclive_tests::scene::{MIGRATE, MIGRATED, Scene};
 use super::criu::{Criu, Images};
 use super::matrix::{Mover, Setting};
 use super::movement::Movement;
+use super::obstacles::destination_mib;
 use super::results::{Cell, Measured, Results, Run};
 use super::statistics::Summary;
 use super::usage::Sampler;
-use crate::experiment::{migrate, migration_span_us};
+use crate::experiment::{migrate, migration_span_us, touched_memory};
 use crate::interrupt;
 
 /// A mover that fails so often without having succeeded is given up.
 const PATIENCE: usize = 2;
 /// How long the control lasts if nothing else was measured in its setting.
 const CONTROL: Duration = Duration::from_secs(5);
+/// How long before a migration the memory is freed that it will take: long enough for that to be over, and not so long
+/// that the machine's host has it back.
+const SETTLE: Duration = Duration::from_millis(500);
 /// How often a wait looks for an interrupt.
 const GLANCE: Duration = Duration::from_millis(200);
 
@@ -52,7 +60,9 @@ impl Campaign<'_> {
                 continue;
             }
             for turn in 1..=self.repeat {
-                for cell in 0..results.groups[number].cells.len() {
+                let cells = results.groups[number].cells.len();
+                for place in 0..cells {
+                    let cell = if turn % 2 == 1 { place } else { cells - 1 - place };
                     if interrupt::requested() {
                         return Ok(());
                     }
@@ -86,11 +96,14 @@ impl Campaign<'_> {
     }
 
     fn measure(&self, setting: &Setting, mover: &Mover, turn: usize, usual: Duration) -> Result<Run> {
+        let touched = touched_memory(destination_mib(setting, mover) << 20);
         let mut scene = Scene::set(self.programs.clone(), &setting.load(), setting.network())?;
         let images = if *mover == Mover::Criu { Some(Images::new()?) } else { None };
         let kept = images.as_ref().map(Images::destination);
         let sampler = Sampler::start(scene.lab(), scene.container(), kept)?;
-        pause(self.margin)?;
+        pause(self.margin.saturating_sub(SETTLE))?;
+        drop(touched);
+        pause(SETTLE)?;
         let options = mover.options();
         let (mut movement, mut tracking) = (None, None);
         match mover {

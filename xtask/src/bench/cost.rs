@@ -22,7 +22,7 @@ pub fn meanwhile(run: &Run) -> Option<Cost> {
     let end_us = match &run.movement {
         // A single round is the blackout itself.
         Some(movement) if movement.rounds < 2 => return None,
-        Some(movement) => start_us + movement.frozen_us,
+        Some(_) => run.frozen_us()?,
         None => end_us,
     };
     cost(&[stretch(run, (start_us, end_us))?])

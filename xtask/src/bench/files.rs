@@ -161,11 +161,8 @@ fn rounds(results: &Results) -> String {
 fn comparisons(results: &Results) -> String {
     let side =
         |name: &str| ["median", "lowest", "highest", "runs"].map(|part| format!("{name}_{part}")).join(",");
-    let mut table = format!(
-        "ablation,setting,without,with,metric,{},{},percent,ranges_apart\n",
-        side("without"),
-        side("with")
-    );
+    let mut table =
+        format!("ablation,setting,without,with,metric,{},{},percent,doubt\n", side("without"), side("with"));
     for ablation in &results.ablations {
         for comparison in ablation.comparisons(results) {
             let (setting, without, with) =
@@ -178,7 +175,7 @@ fn comparisons(results: &Results) -> String {
                     "{ablation},\"{setting}\",\"{without}\",\"{with}\",{},{},{percent},{}\n",
                     difference.metric.key,
                     numbers.join(","),
-                    difference.is_clear()
+                    difference.doubt().unwrap_or_default()
                 );
             }
         }

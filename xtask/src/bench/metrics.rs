@@ -66,10 +66,7 @@ pub const THROUGHPUT: Metric = Metric {
         let during = match &run.movement {
             // A single round is the blackout itself.
             Some(movement) if movement.rounds < 2 => return None,
-            Some(movement) => {
-                let start_us = migration_span_us(&run.load).0;
-                run.load.rate_between(start_us, start_us + movement.frozen_us)
-            }
+            Some(_) => run.load.rate_between(migration_span_us(&run.load).0, run.frozen_us()?),
             None => {
                 let (start_us, end_us) = migration_span_us(&run.load);
                 run.load.rate_between(start_us, end_us)

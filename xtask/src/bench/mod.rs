@@ -34,11 +34,10 @@ use self::campaign::Campaign;
 use self::criu::Criu;
 use self::files::Directory;
 use self::matrix::{Group, Mover};
-use self::obstacles::{Machine, memory_mib};
-use self::provenance::{Provenance, memory};
+use self::obstacles::{Machine, destination_mib};
+use self::provenance::Provenance;
 use self::results::{Measured, Results};
 use crate::build::{need_root, release_programs};
-use crate::experiment::warm_up_memory;
 use crate::interrupt::{self, stop_on_interrupt};
 
 /// Measures what is asked for, prints the tables and writes the files.
@@ -67,8 +66,7 @@ pub fn bench(options: &Options) -> Result<()> {
     // Before any thread is started: they inherit which signals are blocked.
     stop_on_interrupt()?;
     let directory = Directory::new(&options.out)?;
-    let warmed_up_mib = warm_up(&groups)?;
-    let provenance = Provenance::here(options.repeat(), warmed_up_mib)?;
+    let provenance = Provenance::here(options.repeat(), most_memory(&groups))?;
     let mut results = Results { provenance, groups, ablations: options.ablations().to_vec() };
     let campaign = Campaign { programs: &programs, criu, repeat: options.repeat(), margin: options.margin() };
     campaign.carry_out(&mut results, |results| directory.keep(results))?;
@@ -111,18 +109,13 @@ fn conclude(results: &Results) -> Result<()> {
     Ok(())
 }
 
-/// Touches as much memory as any setting will need, as far as there is so much.
-fn warm_up(groups: &[Measured]) -> Result<u64> {
+/// The most memory that is touched before a measurement.
+fn most_memory(groups: &[Measured]) -> u64 {
     let needed = groups.iter().flat_map(|group| {
         let cells = group.cells.iter().filter(|cell| cell.obstacle.is_none());
-        cells.map(|cell| memory_mib(&group.setting, &cell.mover))
+        cells.map(|cell| destination_mib(&group.setting, &cell.mover))
     });
-    let mib = needed.max().unwrap_or_default().min(memory()?.available_mib * 9 / 10);
-    eprintln!(
-        "touching {mib} MiB of memory first: what a virtual machine has never used is slow at its first use"
-    );
-    warm_up_memory(mib << 20);
-    Ok(mib)
+    needed.max().unwrap_or_default()
 }
 
 /// Prints what would be measured.

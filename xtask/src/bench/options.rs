@@ -12,7 +12,7 @@ use super::presets;
 /// What one measurement takes besides filling, reading back, moving and the margins.
 const OVERHEAD_S: f64 = 3.0;
 /// MiB that are written to or read from the server in a second.
-const FILL_MIB_PER_S: f64 = 250.0;
+const FILL_MIB_PER_S: f64 = 600.0;
 /// MiB in a second on a link that is not shaped.
 const UNSHAPED_MIB_PER_S: f64 = 800.0;
 /// How often memory is sent in all, about.

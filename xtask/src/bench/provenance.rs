@@ -25,7 +25,7 @@ pub struct Provenance {
     pub memory_mib: u64,
     /// Turns of each cell.
     pub repeat: usize,
-    /// Memory touched before the first measurement.
+    /// The most memory touched before a measurement.
     pub warmed_up_mib: u64,
     /// When it began, in seconds since 1970.
     pub began_unix_s: u64,

@@ -56,9 +56,8 @@ pub fn migration_s(run: &Run) -> f64 {
 
 /// When the container ran nowhere, as its mover says.
 pub fn blackout_s(run: &Run) -> Option<(f64, f64)> {
-    let movement = run.movement.as_ref()?;
-    let start_s = movement.frozen_us as f64 / 1e6;
-    Some((start_s, start_s + movement.blackout_us as f64 / 1e6))
+    let start_s = since_start_s(&run.load, run.frozen_us()?);
+    Some((start_s, start_s + run.movement.as_ref()?.blackout_us as f64 / 1e6))
 }
 
 /// A curve for each of the four kinds of processes, with a value made of a few samples each.

@@ -60,7 +60,7 @@ pub fn compare(ablation: Ablation, results: &Results) -> String {
 
 fn line(difference: &Difference) -> String {
     let percent = difference.percent().map_or_else(String::new, |percent| format!("{percent:.0} %"));
-    let doubt = if difference.is_clear() { "" } else { "  within the spread" };
+    let doubt = difference.doubt().map_or_else(String::new, |doubt| format!("  {doubt}"));
     let [without, with] = [difference.without, difference.with].map(in_short);
     let title = difference.metric.title.trim();
     format!("    {title:NAME$}{without:>COLUMN$}{with:>COLUMN$}{percent:>8}{doubt}\n")

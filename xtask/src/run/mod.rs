@@ -13,7 +13,7 @@ use pclive_tests::scene::Network;
 
 use crate::build::{need_root, release_programs};
 use crate::experiment::{
-    Experiment, Measurement, gap, migration_span_us, rate_before, rate_during, warm_up_memory,
+    Experiment, Measurement, gap, migration_span_us, rate_before, rate_during, touched_memory,
 };
 use crate::interrupt::remove_labs_on_interrupt;
 
@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<()> {
     let programs = release_programs(options.programs.as_deref())?;
     let experiment = options.experiment();
     // The container on both hosts, and what is around it.
-    warm_up_memory(experiment.load.data_bytes * 3 + (1 << 30));
+    drop(touched_memory(experiment.load.data_bytes * 3 + (1 << 30)));
     println!("moving {} MiB at {} ...", options.size, options.rate_name());
     let measurement = experiment.carry_out(&programs)?;
     print_report(&measurement);

@@ -28,8 +28,9 @@ const STACKS: &str = "Each bar is the whole time of the median run; the numbers 
 
 /// How a course of events is read.
 const OVER_TIME: &str = "Each panel is a way to move the container, in its run with the median downtime. The mover is \
-                         everything that works for the migration; the container's own processes are counted apart. \
-                         Where nothing moves, the shaded time is that of tracking.";
+                         everything that works for the migration; the container's own processes are counted apart.";
+/// What is added where nothing moves.
+const TRACKED: &str = " Of \"track only\", the shaded time is that of tracking.";
 
 /// Everything that can be drawn of `results`, or why it cannot.
 pub fn figures(results: &Results) -> Vec<Result<Figure, LeftOut>> {
@@ -144,7 +145,9 @@ fn over_time(results: &Results, group: &Measured) -> [Result<Figure, LeftOut>; 3
         let series = series.iter().map(ToString::to_string).collect();
         let timelines = Timelines { unit: unit.to_owned(), series, panels };
         let title = format!("{title}: {}", group.name);
-        let page = page(results, &title, OVER_TIME, timelines.legend());
+        let tracked = group.cells.iter().any(|cell| cell.runs.iter().any(|run| run.tracking.is_some()));
+        let reading = format!("{OVER_TIME}{}", if tracked { TRACKED } else { "" });
+        let page = page(results, &title, &reading, timelines.legend());
         let name = format!("{name}-{}", slug(&group.name));
         if timelines.panels.is_empty() {
             return Err(LeftOut::new(&name, unit));
@@ -212,14 +215,18 @@ fn origin(results: &Results) -> Vec<String> {
     };
     let Provenance { command, revision, kernel, cpu, cpus, memory_mib, warmed_up_mib, .. } =
         &results.provenance;
+    let touched = match warmed_up_mib {
+        0 => String::new(),
+        mib => format!(", up to {mib} MiB of it touched before each run"),
+    };
     vec![
         format!(
             "{command}: {runs} of each line, in turns, at revision {revision}; tracker {}",
             trackers.join(", ")
         ),
         format!(
-            "{kernel} on {cpu}, {cpus} CPUs for both hosts, client, server and load together, {:.0} GiB of memory, \
-             {warmed_up_mib} MiB of it touched before",
+            "{kernel} on {cpu}, {cpus} CPUs for both hosts, client, server and load together, {:.0} GiB of \
+             memory{touched}",
             *memory_mib as f64 / 1024.0
         ),
     ]

@@ -1,10 +1,10 @@
 //! Figures of ablations: what differs with and without a part of pclive, and how tracking grows with memory.
 
-use super::canvas::PENCIL;
+use super::canvas::PENCIL as GREY;
 use super::charts::{mover_colour, page};
 use super::curves::{Curve, Curves};
 use super::dots::{Dots, Row, in_words};
-use super::page::colour;
+use super::page::{Mark, colour};
 use super::{Figure, LeftOut, Picture};
 use crate::bench::ablation::{Ablation, Comparison, Difference};
 use crate::bench::matrix::Mover;
@@ -46,13 +46,16 @@ fn differences(results: &Results, ablation: Ablation) -> Result<Figure, LeftOut>
     if groups.is_empty() {
         return Err(LeftOut::new(&name, "anything with and without it"));
     }
-    let reading = "Of each number two lines: grey is without, in colour is with; at their ends are the medians with \
-                   the ranges in the number's own unit.";
+    let reading = "Of each number two lines, without and with; at their ends are the medians with the ranges in the \
+                   number's own unit.";
     let reading =
         std::iter::once(reading.to_owned()).chain(ablation.remarks(results)).collect::<Vec<_>>().join(" ");
     let dots =
         Dots { axis: "% of the median without".into(), mark: "the median without, 100 %".into(), groups };
-    let page = page(results, ablation.question(), &reading, dots.legend());
+    let sides = [(GREY.to_rgba(), "without"), (colour(0), "with")];
+    let sides = sides.map(|(colour, name)| (Mark::Area(colour), name.to_owned()));
+    let legend = sides.into_iter().chain(dots.legend()).collect();
+    let page = page(results, ablation.question(), &reading, legend);
     Ok(Figure { name, page, picture: Picture::Dots(dots) })
 }
 
@@ -63,9 +66,10 @@ fn rows(comparison: &Comparison) -> Vec<Row> {
             continue;
         }
         let title = metric.title.trim().to_owned();
-        let grey = PENCIL.to_rgba();
-        let sides =
-            [(title, comparison.without, without, grey), (String::new(), comparison.with, with, colour(0))];
+        let sides = [
+            (title, comparison.without, without, GREY.to_rgba()),
+            (String::new(), comparison.with, with, colour(0)),
+        ];
         rows.extend(sides.map(|(label, cell, summary, colour)| {
             let values = cell.runs.iter().filter_map(metric.of);
             let values = values.map(|value| 100.0 * value / without.median).collect();

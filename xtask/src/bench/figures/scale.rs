@@ -73,7 +73,7 @@ pub fn number(value: f64) -> String {
     let decimals = match magnitude {
         _ if magnitude < 1e-9 => 0,
         _ if magnitude < 1.0 => 2,
-        _ if magnitude < 10.0 => 1,
+        _ if magnitude < 100.0 => 1,
         _ => 0,
     };
     let text = format!("{value:.decimals$}");
@@ -106,7 +106,7 @@ mod tests {
     fn numbers_are_short() {
         assert_eq!(
             [0.0, 0.5, 0.25, 2.0, 7.25, 81.26, 12_345.6].map(number),
-            ["0", "0.5", "0.25", "2", "7.2", "81", "12346"]
+            ["0", "0.5", "0.25", "2", "7.2", "81.3", "12346"]
         );
     }
 }
