@@ -5,6 +5,7 @@
 //! - [`load`]: a client for Redis and memcached that checks every answer and notices every gap.
 //! - [`identity`]: what a container's processes are, before and after.
 //! - [`workloads`]: programs that are moved and know afterwards whether everything is as it was.
+//! - [`patience`]: waiting for what happens by itself.
 //! - [`pclive`]: the `pclive` program on the lab's hosts.
 //! - [`scene`]: all of these put together: a container under load that is ready to be moved.
 //!
@@ -13,6 +14,7 @@
 pub mod identity;
 pub mod lab;
 pub mod load;
+pub mod patience;
 pub mod pclive;
 mod programs;
 pub mod scene;

@@ -4,14 +4,12 @@
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use pclive_tests::lab::{BitRate, Lab, run};
+use pclive_tests::patience::{PATIENCE, wait_until_none};
 use pclive_tests::pclive::{Migrate, Outcome, Serve, exit};
 use pclive_tests::workloads::running::Contained;
 use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-
-/// How long what must happen by itself may take.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// When a migration is cut short.
 #[derive(Clone, Copy, Debug)]
@@ -118,8 +116,8 @@ impl Case {
     /// Moves it, from the source and to a clean destination.
     fn move_on(&mut self) -> Result<()> {
         let Self { lab, name, tree, serve } = self;
-        poll_none(|| Ok(Serve::unfinished(lab.destination(), name)))?;
-        poll_none(|| lab.traces(lab.destination(), name))?;
+        wait_until_none(|| Ok(Serve::unfinished(lab.destination(), name)))?;
+        wait_until_none(|| lab.traces(lab.destination(), name))?;
         tree.migrate(lab, lab.source(), serve, &[])?;
         tree.check(lab)?;
         assert_eq!(lab.traces(lab.source(), name)?, [""; 0]);
@@ -134,18 +132,6 @@ fn poll(is_so: impl Fn() -> bool) -> Result<()> {
         sleep(Duration::from_micros(50));
     }
     Ok(())
-}
-
-fn poll_none(look: impl Fn() -> Result<Vec<String>>) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let found = look()?;
-        if found.is_empty() {
-            return Ok(());
-        }
-        ensure!(Instant::now() < end, "there is still {found:?}");
-        sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]

@@ -12,10 +12,11 @@ use pclive_tests::Programs;
 use pclive_tests::identity::{Identities, differences, identities};
 use pclive_tests::lab::{BitRate, injected};
 use pclive_tests::load::{LoadSpec, Pace, Service};
+use pclive_tests::patience::wait_until_none;
 use pclive_tests::pclive::{Migrate, Outcome, Serve, exit};
 use pclive_tests::scene::{Network, Scene};
 
-use crate::moved::{MIB, wait_until_none};
+use crate::moved::MIB;
 
 /// Slow enough that whatever is to fail does so while the first round is on its way.
 const SLOW: BitRate = BitRate(200_000_000);

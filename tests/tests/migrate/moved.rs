@@ -1,13 +1,14 @@
 //! What a move promises, checked.
 
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pclive_tests::Programs;
 use pclive_tests::identity::{differences, identities};
 use pclive_tests::lab::{BitRate, Host, Lab, run};
 use pclive_tests::load::LoadSpec;
+use pclive_tests::patience::wait_until_none;
 use pclive_tests::pclive::{MigrationReport, exit};
 use pclive_tests::scene::{Network, Scene};
 
@@ -65,18 +66,4 @@ fn assert_blackout_is_covered(report: &MigrationReport) {
         covered_us = covered_us.max(phase.start_us + phase.duration_us);
     }
     assert!(covered_us + HOLE_US >= end_us, "{report:?}");
-}
-
-/// Looks again and again until `look` finds nothing any more.
-pub fn wait_until_none<T: std::fmt::Debug>(look: impl Fn() -> Result<Vec<T>>) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(20);
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let found = look()?;
-        if found.is_empty() {
-            return Ok(());
-        }
-        assert!(Instant::now() < end, "after {PATIENCE:?} there is still {found:?}");
-        sleep(Duration::from_millis(20));
-    }
 }
