@@ -4,7 +4,7 @@ use clap::Parser;
 use pclive_tests::workloads::control::{Answer, Client};
 use pclive_tests::workloads::tree::children::Descriptors;
 use pclive_tests::workloads::tree::roles;
-use pclive_tests::workloads::{memory, tree};
+use pclive_tests::workloads::{memory, processes, tree};
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,6 +30,11 @@ enum Command {
         #[command(flatten)]
         options: tree::Options,
     },
+    /// Processes that come and go without pause
+    Processes(processes::Options),
+    /// The one of them that executes one program after the other
+    #[command(hide = true)]
+    ProcessesPhoenix { generation: u64 },
     /// Ask a workload: exit 0 if the answer is ok, 1 if something differs
     Ask {
         /// HOST:PORT of the workload
@@ -52,6 +57,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::TreeSleeper { replies } => roles::sleeper(replies).map(|()| ExitCode::SUCCESS),
         Command::TreeMain { descriptors, options } => {
             tree::main(descriptors, options).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Processes(options) => processes::run(&options).map(|()| ExitCode::FAILURE),
+        Command::ProcessesPhoenix { generation } => {
+            processes::phoenix(generation).map(|()| ExitCode::FAILURE)
         }
         Command::Ask { address, question, patience } => ask(&address, &question, patience),
     }
