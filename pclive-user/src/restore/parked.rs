@@ -10,7 +10,7 @@ use pclive_sys::pidfd::{pidfd_getfd, pidfd_open};
 use pclive_sys::ptrace::{Stop, Tracee};
 use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstruction};
 use pclive_sys::uffd::{self, Features, Uffd};
-use pclive_wire::manifest::{FdEntry, Process, ProcessState, SpecialMapping, Thread};
+use pclive_wire::manifest::{Backing, FdEntry, Process, ProcessState, SpecialMapping, Thread};
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
 use procfs::process::{MMapPath, Process as Procfs};
 use std::collections::BTreeMap;
@@ -188,6 +188,9 @@ impl Parked {
             return Ok(());
         }
         self.keep_arena_clear(wanted)?;
+        if specials(placement.vmas()) != specials(&wanted.vmas) {
+            self.follow_exec(wanted, placement)?;
+        }
         let mut mapped = Vec::new();
         if wanted.vmas.len() <= VMAS_PER_SCRIPT {
             let mut script = Script::new();
@@ -205,6 +208,26 @@ impl Parked {
             }
         }
         placement.set_vmas(wanted.vmas.clone(), &mapped)?;
+        Ok(())
+    }
+
+    /// The process has executed another program: none of its mappings is left, and the special ones are elsewhere.
+    fn follow_exec(&mut self, wanted: &Process, placement: &mut Placement) -> Result<(), ParkedError> {
+        let standing = placement.vmas().iter().filter(|vma| !matches!(vma.backing, Backing::Special(_)));
+        for ranges in standing.map(|vma| vma.range).collect::<Vec<_>>().chunks(VMAS_PER_SCRIPT) {
+            let mut script = Script::new();
+            ranges.iter().for_each(|range| unmap(&mut script, *range));
+            self.run(&script)?;
+        }
+        let maps = own_mappings(self.leader.tid())?;
+        let moves = special_moves(&maps, &specials(&wanted.vmas))?;
+        let taken = wanted.vmas.iter().map(|vma| vma.range).chain(maps.iter().map(|mapping| mapping.range));
+        let scratch = room_between(taken, moves.iter().map(|(from, _)| from.bytes()).sum())?;
+        let mut script = Script::new();
+        move_specials(&mut script, &moves, scratch);
+        self.run(&script)?;
+        self.syscall = find_syscall(self.leader.tid(), &own_mappings(self.leader.tid())?)?;
+        placement.set_vmas(Vec::new(), &[])?;
         Ok(())
     }
 

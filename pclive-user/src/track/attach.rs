@@ -262,7 +262,15 @@ impl TrackedProcess {
         for range in registrable(layout) {
             match uffd.register(range, Mode::WriteProtect) {
                 // No mapping in this range, or a new one that cannot be registered: the next round knows of it.
-                Err(e) if matches!(e.errno(), Some(Errno::EINVAL | Errno::ENOMEM | Errno::EPERM)) => {}
+                Err(e) if matches!(e.errno(), Some(Errno::EINVAL | Errno::EPERM)) => {}
+                // Also the kernel's answer where there is no address space any more (`mmget_not_zero` in fs/userfaultfd.c),
+                // which its memory tells, too.
+                Err(e) if e.errno() == Some(Errno::ENOMEM) => {
+                    if self.memory.read(range.start, &mut [0]).is_ok() {
+                        continue;
+                    }
+                    return Err(pclive_sys::Error::Gone(uffd.pid()).into());
+                }
                 Err(e) if e.errno() == Some(Errno::EBUSY) => {
                     return Err(TrackError::SharedMemory(uffd.pid()));
                 }
