@@ -12,12 +12,20 @@ use std::path::PathBuf;
 pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> Result<(), PreflightError> {
     let known: HashSet<HostPid> = processes.iter().map(|process| process.pid).collect();
     let Some(namespace) = pid_namespace(processes[0].pid) else { return Ok(()) };
+    let home = read(processes[0].pid, "cgroup")?;
     for pid in all_processes()? {
         if known.contains(&pid) || pid_namespace(pid).as_ref() != Some(&namespace) {
             continue;
         }
         match read(pid, "status") {
-            Ok(status) => add_stray(&status, obstacles),
+            Ok(status) if is_zombie(&status) => add_zombie(innermost_pid(&status), obstacles),
+            Ok(status) => match read(pid, "cgroup") {
+                // Made since the cgroup was read.
+                Ok(cgroup) if cgroup == home => {}
+                Ok(_) => add_stray(innermost_pid(&status), obstacles),
+                Err(_) if has_ended(pid) => {}
+                Err(error) => return Err(error),
+            },
             Err(_) if has_ended(pid) => {}
             Err(error) => return Err(error),
         }
@@ -25,19 +33,18 @@ pub(super) fn survey(processes: &[SourceProcess], obstacles: &mut Obstacles) -> 
     Ok(())
 }
 
-fn add_stray(status: &str, obstacles: &mut Obstacles) {
+fn innermost_pid(status: &str) -> NsPid {
     let pid = field(status, "NSpid:").and_then(|pids| pids.split_whitespace().last()?.parse().ok());
-    let pid = NsPid(pid.unwrap_or_default());
-    if is_zombie(status) {
-        add_zombie(pid, obstacles);
-    } else {
-        obstacles.add(
-            pid,
-            "cgroup",
-            "the process is in the container's pid namespace but not in its cgroup",
-            "end the session that entered the container, or move the process into the container's cgroup",
-        );
-    }
+    NsPid(pid.unwrap_or_default())
+}
+
+fn add_stray(pid: NsPid, obstacles: &mut Obstacles) {
+    obstacles.add(
+        pid,
+        "cgroup",
+        "the process is in the container's pid namespace but not in its cgroup",
+        "end the session that entered the container, or move the process into the container's cgroup",
+    );
 }
 
 /// The processes that have more to tell than that they ended, which is an obstacle.

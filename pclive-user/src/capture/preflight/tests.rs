@@ -87,10 +87,20 @@ fn what_belongs_to_no_process_is_found() {
         "libc.shmget(0x77, 4096, 0o1600)\nlibc.semget(0x78, 1, 0o1600)\nassert libc.mount(b'mqueue', b'/mnt', b'mqueue', 0, None) == 0\n\
          assert libc.mq_open(b'/jobs', os.O_CREAT | os.O_RDWR, 0o600, None) >= 0\n\
          if os.fork() == 0: os._exit(0)\nos.waitid(os.P_PID, 2, os.WEXITED | os.WNOWAIT)\n\
-         if os.fork() == 0: signal.pause()",
+         if os.fork() == 0: signal.pause()\nif os.fork() == 0: signal.pause()",
     );
-    // The zombie is left out, as a cgroup does; so is process 3, as if it were in another cgroup.
+    // Of these three the zombie is in no cgroup, process 3 in another one, and process 4 as if made while the cgroup was
+    // read.
+    let mounts = procfs::process::Process::myself().unwrap().mountinfo().unwrap();
+    let cgroups = mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").expect("cgroup v2 is mounted");
+    let elsewhere = cgroups.mount_point.join(format!("elsewhere-{}", std::process::id()));
+    std::fs::create_dir(&elsewhere).unwrap();
+    let third = children(container.init.0)[1];
+    let moved = std::fs::write(elsewhere.join("cgroup.procs"), third.to_string());
     let found = container.survey(|pid| pid == container.init);
+    drop(container);
+    std::fs::remove_dir(elsewhere).unwrap();
+    moved.unwrap();
     check(
         &found,
         &[
