@@ -45,6 +45,10 @@ pub struct MigrateArgs {
     /// clients; a slower migration takes less of them at a time.
     #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..))]
     max_bandwidth: Option<u64>,
+    /// Slow the rounds down while less than this share of the container's usual network traffic, in percent, comes through;
+    /// to two fifths of their speed at the least. 0: never.
+    #[arg(long, value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
+    min_throughput: u8,
     /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round. Of use
     /// only with --whole-pages.
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -96,6 +100,7 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         max_rounds: args.max_rounds,
         max_blackout: Duration::from_millis(args.max_blackout),
         max_bandwidth: args.max_bandwidth.map(|megabits| megabits.saturating_mul(1_000_000 / 8)),
+        min_throughput: args.min_throughput,
         hot_rounds: args.hot_rounds,
         patch_pages: !args.whole_pages,
         zero_copy: args.zerocopy,

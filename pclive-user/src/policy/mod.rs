@@ -4,3 +4,4 @@ pub mod bandwidth;
 pub mod convergence;
 pub mod hot;
 pub mod mode;
+pub mod throttle;

@@ -78,7 +78,7 @@ pub struct PageSender {
     pool: BufferPool,
     order: StreamOrder,
     in_flight: InFlight,
-    pace: Option<Pace>,
+    pace: Pace,
     paced: Duration,
     bytes: u64,
     sends: u64,
@@ -86,11 +86,11 @@ pub struct PageSender {
 
 impl PageSender {
     /// Opens stream number `index` of the session that the destination at `address` gave `token` for.
-    pub fn connect(address: SocketAddr, token: SessionToken, index: u16, pace: Option<Pace>) -> Result<Self> {
+    pub fn connect(address: SocketAddr, token: SessionToken, index: u16, pace: Pace) -> Result<Self> {
         Self::new(connect_pages(address, token, index)?, address, pace)
     }
 
-    pub(super) fn new(stream: TcpStream, peer: SocketAddr, pace: Option<Pace>) -> Result<Self> {
+    pub(super) fn new(stream: TcpStream, peer: SocketAddr, pace: Pace) -> Result<Self> {
         configure(&stream, peer, STALL)?;
         let in_flight = InFlight::new(zerocopy::enable(&stream).is_ok());
         let pool = BufferPool::new(BUFFERS)?;
@@ -122,9 +122,9 @@ impl PageSender {
         self.paced
     }
 
-    /// Sends as fast as the network can from now on.
-    pub fn lift_limit(&mut self) {
-        self.pace = None;
+    /// Sends at most so many bytes per second from now on; `None` is as fast as the network can.
+    pub fn limit(&self, bytes_per_second: Option<u64>) {
+        self.pace.limit(bytes_per_second);
     }
 
     /// The round whose pages are being sent.
@@ -166,9 +166,7 @@ impl PageSender {
         let (header, head_len) =
             encode_batch(process, self.order.round(), runs, head).map_err(self.malformed())?;
         let contents_len = header.contents_len();
-        if let Some(pace) = &self.pace {
-            self.paced += pace.wait((head_len + contents_len) as u64);
-        }
+        self.paced += self.pace.wait((head_len + contents_len) as u64);
         let first = self.in_flight.sends();
         let mut parts =
             [IoSlice::new(&buffer.head()[..head_len]), IoSlice::new(&buffer.contents()[..contents_len])];

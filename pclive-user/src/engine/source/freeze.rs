@@ -110,7 +110,7 @@ impl Migration<'_> {
             self.container.last_round(stopped)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone())?;
-        self.sender.lift_limit();
+        self.sender.limit(None);
         let outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
         let hot = &mut self.hot;

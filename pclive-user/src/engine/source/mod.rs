@@ -17,8 +17,10 @@ mod handoff;
 mod pages;
 mod rounds;
 mod sent;
+mod traffic;
 
 use sent::Sent;
+use traffic::TrafficGuard;
 
 pub use container::{Container, ContainerError};
 pub use pages::SendError;
@@ -68,6 +70,8 @@ pub struct Options {
     pub max_blackout: Duration,
     /// Most bytes per second before the freeze.
     pub max_bandwidth: Option<u64>,
+    /// Share of the container's usual traffic, in percent, below which rounds go slower; 0 for never.
+    pub min_throughput: u8,
     /// A page written in so many rounds in a row is held back; 0 holds back none.
     pub hot_rounds: usize,
     /// Of a page that was sent before, send only the blocks that have changed.
@@ -147,6 +151,8 @@ struct Migration<'a> {
     links: Links,
     channel: SourceChannel,
     sender: PageSender,
+    /// Slows rounds down for the clients' sake.
+    guard: Option<TrafficGuard>,
     /// Sees every write as it happens; none in the tier that only scans.
     observer: Option<WriteObserver>,
     heat: Heat,
@@ -177,6 +183,10 @@ pub fn migrate(
     report.mode = options.mode.to_string();
     report.tracker = options.tracker.to_string();
     let container = preflight(options, runtime)?;
+    clock.enter("listen to traffic");
+    let (init, percent) = (container.env().init, options.min_throughput);
+    let percent = if options.mode.freezes_first() { 0 } else { percent };
+    let guard = TrafficGuard::listen(init, percent, options.max_bandwidth)?;
     clock.enter("connect");
     let facts = host::facts()?;
     let proposal = Proposal {
@@ -192,7 +202,7 @@ pub fn migrate(
         channel.send(&SourceMessage::Abort(AbortReason::HostMismatch(differing.clone())))?;
         return Err(MigrateError::Remote(RemoteError::HostMismatch(differing)));
     }
-    let pace = options.max_bandwidth.map(Pace::new);
+    let pace = Pace::new(options.max_bandwidth);
     let sender = PageSender::connect(options.to, accepted.token, 0, pace)?.with_zero_copy(options.zero_copy);
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
@@ -209,6 +219,7 @@ pub fn migrate(
         links,
         channel,
         sender,
+        guard,
         observer,
         heat: Heat::default(),
         sent: (options.patch_pages && !options.mode.freezes_first())

@@ -5,7 +5,7 @@ use super::{MigrateError, Migration, STEP};
 use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
-use crate::policy::convergence::{Decision, Limits, decide, predicted_blackout};
+use crate::policy::convergence::{Decision, FreezeReason, Limits, decide, predicted_blackout};
 use crate::policy::hot::HotPages;
 use crate::track::attach::Walk;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
@@ -30,9 +30,20 @@ impl Migration<'_> {
         if self.options.mode.freezes_first() {
             return Ok(());
         }
-        while decide(&left, &bandwidth, &limits) == Decision::Round {
+        loop {
+            match decide(&left, &bandwidth, &limits) {
+                Decision::Round => {}
+                // At full speed there may be.
+                Decision::Freeze(FreezeReason::NoProgress) if self.guard.take().is_some() => {
+                    self.sender.limit(self.options.max_bandwidth);
+                }
+                Decision::Freeze(_) => return Ok(()),
+            }
             self.cancellation.check()?;
             let paced = self.sender.paced();
+            if let Some(guard) = &mut self.guard {
+                guard.begin_round(left.last().copied(), &self.sender);
+            }
             let report = self.round(expected)?;
             // The blackout will know no rate limit.
             let paced = self.sender.paced() - paced;
@@ -43,7 +54,6 @@ impl Migration<'_> {
             self.progress.round_over(&report, predicted_blackout(bytes, &bandwidth, &limits));
             left.push(bytes);
         }
-        Ok(())
     }
 
     /// How many pages would have to be sent if the container were frozen now.
@@ -75,6 +85,9 @@ impl Migration<'_> {
                 let found = pages.pages();
                 outgoing.pages(pid, &memory, &hot.split(pages))?;
                 self.progress.sent(found);
+                if let Some(guard) = &mut self.guard {
+                    guard.watch(outgoing.sender());
+                }
                 dirty_pages += found;
             }
             outgoing.pages(pid, &memory, &hot.end_round())?;

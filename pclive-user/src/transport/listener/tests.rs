@@ -1,6 +1,6 @@
 use super::*;
 use crate::transport::pages::{PageEvent, PageSender};
-use crate::transport::{ControlChannel, SourceChannel};
+use crate::transport::{ControlChannel, Pace, SourceChannel};
 use pclive_wire::Round;
 use pclive_wire::control::{Accepted, ApplyMode, Message, RunningReport, SourceMessage};
 use pclive_wire::facts::HostFacts;
@@ -80,8 +80,8 @@ fn migrations_run_side_by_side_each_with_its_own_streams() {
         .collect();
     for (channel, token, barriers) in &mut sources {
         // Streams may come in any order.
-        let _second = PageSender::connect(server.address, *token, 1, None).unwrap();
-        let mut first = PageSender::connect(server.address, *token, 0, None).unwrap();
+        let _second = PageSender::connect(server.address, *token, 1, Pace::new(None)).unwrap();
+        let mut first = PageSender::connect(server.address, *token, 0, Pace::new(None)).unwrap();
         (0..*barriers).for_each(|_| first.barrier().unwrap());
         channel.send(&SourceMessage::Commit).unwrap();
     }
@@ -124,7 +124,7 @@ fn strangers_are_shown_out_and_silent_ones_keep_nobody_waiting() {
         assert_eq!(stream.read(&mut [0; 64]).unwrap_or(0), 0);
     }
     // A page stream of no migration is closed.
-    let mut lost = PageSender::connect(server.address, SessionToken([7; 16]), 0, None).unwrap();
+    let mut lost = PageSender::connect(server.address, SessionToken([7; 16]), 0, Pace::new(None)).unwrap();
     let refused = (0..1000).any(|_| {
         thread::sleep(Duration::from_millis(2));
         lost.barrier().is_err()
@@ -143,7 +143,7 @@ fn only_the_streams_that_were_proposed_are_taken() {
     });
     for (indices, outcome) in [(&[0u16, 1][..], "ok"), (&[0], "late"), (&[0, 0], "odd"), (&[0, 2], "odd")] {
         let (_channel, accepted) = server.connect(proposal("a", 2)).unwrap();
-        let open = |&i| PageSender::connect(server.address, accepted.token, i, None).unwrap();
+        let open = |&i| PageSender::connect(server.address, accepted.token, i, Pace::new(None)).unwrap();
         let _streams: Vec<_> = indices.iter().map(open).collect();
         let got = match said.recv().unwrap() {
             Ok(2) => "ok",

@@ -14,7 +14,10 @@ fn pair() -> (TcpStream, TcpStream, SocketAddr) {
 
 fn ends() -> (PageSender, PageReceiver) {
     let (sender, receiver, address) = pair();
-    (PageSender::new(sender, address, None).unwrap(), PageReceiver::new(receiver, address).unwrap())
+    (
+        PageSender::new(sender, address, Pace::new(None)).unwrap(),
+        PageReceiver::new(receiver, address).unwrap(),
+    )
 }
 
 fn run(start: u64, pages: u64, kind: RunKind) -> PageRun {
@@ -187,7 +190,7 @@ fn malformed_frames_are_refused() {
 #[test]
 fn a_pace_is_kept() {
     let (sender, receiver, address) = pair();
-    let pace = Some(Pace::new(20 << 20));
+    let pace = Pace::new(Some(20 << 20));
     let (mut sender, mut receiver) =
         (PageSender::new(sender, address, pace).unwrap(), PageReceiver::new(receiver, address).unwrap());
     let reading = thread::spawn(move || (0..4).for_each(|_| drop(receiver.recv().unwrap())));
