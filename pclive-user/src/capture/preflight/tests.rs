@@ -6,6 +6,7 @@ use crate::capture::tree::read_tree;
 use crate::capture::{Obstacle, Obstacles};
 use pclive_wire::HostPid;
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 /// Something like a container: a process in its own pid, network, mount and IPC namespaces, leader of a session.
@@ -57,6 +58,33 @@ impl Drop for Contained {
     }
 }
 
+/// A cgroup with one process, which is back in the root when this value is dropped.
+struct Elsewhere {
+    root: PathBuf,
+    cgroup: PathBuf,
+    process: HostPid,
+}
+
+impl Elsewhere {
+    fn put(process: HostPid) -> Self {
+        let mounts = procfs::process::Process::myself().unwrap().mountinfo().unwrap();
+        let mut points = mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2");
+        let root = points.next().expect("cgroup v2 is mounted").mount_point;
+        let cgroup = root.join(format!("elsewhere-{process}"));
+        std::fs::create_dir(&cgroup).unwrap();
+        let elsewhere = Self { root, cgroup, process };
+        std::fs::write(elsewhere.cgroup.join("cgroup.procs"), process.to_string()).unwrap();
+        elsewhere
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        std::fs::write(self.root.join("cgroup.procs"), self.process.to_string()).ok();
+        std::fs::remove_dir(&self.cgroup).ok();
+    }
+}
+
 fn children(pid: i32) -> Vec<HostPid> {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     children.split_whitespace().map(|pid| HostPid(pid.parse().unwrap())).collect()
@@ -91,16 +119,8 @@ fn what_belongs_to_no_process_is_found() {
     );
     // Of these three the zombie is in no cgroup, process 3 in another one, and process 4 as if made while the cgroup was
     // read.
-    let mounts = procfs::process::Process::myself().unwrap().mountinfo().unwrap();
-    let cgroups = mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").expect("cgroup v2 is mounted");
-    let elsewhere = cgroups.mount_point.join(format!("elsewhere-{}", std::process::id()));
-    std::fs::create_dir(&elsewhere).unwrap();
-    let third = children(container.init.0)[1];
-    let moved = std::fs::write(elsewhere.join("cgroup.procs"), third.to_string());
+    let _elsewhere = Elsewhere::put(children(container.init.0)[1]);
     let found = container.survey(|pid| pid == container.init);
-    drop(container);
-    std::fs::remove_dir(elsewhere).unwrap();
-    moved.unwrap();
     check(
         &found,
         &[
