@@ -13,6 +13,7 @@ use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
 use procfs::process::Process as Procfs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Room for the scripts of capture, in bytes.
 const ARENA_SIZE: u64 = 64 * 1024;
@@ -22,6 +23,10 @@ const SIGNALS: usize = 64;
 const LIMITS: usize = 16;
 /// Bytes of the kernel's `struct sigaction` on x86-64.
 const SIGACTION_SIZE: usize = 32;
+/// How often a layout is read that an `execve(2)` may spoil.
+const LAYOUT_ATTEMPTS: u32 = 50;
+/// An `execve(2)` takes about as long as this.
+const BETWEEN_LAYOUT_ATTEMPTS: Duration = Duration::from_micros(300);
 
 /// Why the state of a process could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +69,9 @@ pub enum ProcessError {
     /// The vDSO is missing, so no call can be injected.
     #[error("process {0} has no vDSO")]
     NoVdso(HostPid),
+    /// Its layout was never that of one program.
+    #[error("process {0} executes one program after the other")]
+    Executing(HostPid),
 }
 
 /// Where the vDSO of a process is.
@@ -81,7 +89,32 @@ pub fn prepare_injection(
     Ok((memory, syscall))
 }
 
-/// The layout of a process: everything that can be read while it runs.
+/// The layout of a process that runs, and may execute another program meanwhile.
+///
+/// In the midst of `execve(2)` the address space is not complete yet: the bounds of the program are set last
+/// (`load_elf_binary` in fs/binfmt_elf.c). And what is read before and after it does not belong together.
+pub fn capture_running_layout(
+    process: &SourceProcess,
+    parent: NsPid,
+    threads: &[Thread],
+    vmas: &mut VmaReader,
+) -> Result<Process, ProcessError> {
+    let pid = process.pid;
+    for _ in 0..LAYOUT_ATTEMPTS {
+        let layout = capture_layout(process, parent, threads.to_vec(), vmas)?;
+        let stat = Procfs::new(pid.0).and_then(|procfs| procfs.stat());
+        let stat = stat.map_err(|source| ProcessError::Proc { pid, file: "stat", source })?;
+        let bounds = (stat.startcode, stat.startstack, stat.arg_start);
+        let mm = &layout.mm;
+        if stat.startcode != 0 && bounds == (mm.start_code.0, mm.start_stack.0, Some(mm.arg_start.0)) {
+            return Ok(layout);
+        }
+        std::thread::sleep(BETWEEN_LAYOUT_ATTEMPTS);
+    }
+    Err(ProcessError::Executing(pid))
+}
+
+/// The layout of a process: everything that can be read without stopping it.
 pub fn capture_layout(
     process: &SourceProcess,
     parent: NsPid,

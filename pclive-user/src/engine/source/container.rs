@@ -2,7 +2,7 @@
 
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
-use crate::capture::process::{ProcessError, capture_layout};
+use crate::capture::process::{ProcessError, capture_layout, capture_running_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
@@ -60,8 +60,8 @@ impl Live {
         let at = |source| ContainerError::Process { pid, source };
         let track = |source| ContainerError::Track { pid, source };
         loop {
-            let layout =
-                capture_layout(process, parent, running_threads(pid)?, &mut self.vmas).map_err(at)?;
+            let threads = running_threads(pid)?;
+            let layout = capture_running_layout(process, parent, &threads, &mut self.vmas).map_err(at)?;
             let tracked = match &mut self.tracked {
                 Some(tracked) => tracked,
                 none => {
