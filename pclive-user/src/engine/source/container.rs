@@ -1,5 +1,6 @@
 //! The container at the source: its processes, what tracks them, and what stops them.
 
+use super::sent::Sent;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
 use crate::capture::process::{ProcessError, capture_layout, capture_running_layout};
@@ -11,7 +12,7 @@ use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
 use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::manifest::{Process, Thread};
-use pclive_wire::{HostPid, NsPid, PageRange, PageSet};
+use pclive_wire::{HostPid, NsPid, PageSet};
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -113,9 +114,6 @@ pub struct Container {
     /// Parents before children.
     processes: Vec<SourceProcess>,
     live: HashMap<HostPid, Live>,
-    /// Every page that was found to be sent and is not reported absent, by the number that the destination knows a process
-    /// by: what it was sent stays there when the process executes another program.
-    sent: HashMap<NsPid, Vec<PageRange>>,
     attach_stop: Duration,
 }
 
@@ -127,7 +125,6 @@ impl Container {
             env: ContainerEnv::open(init)?,
             processes: Vec::new(),
             live: HashMap::new(),
-            sent: HashMap::new(),
             attach_stop: Duration::ZERO,
         };
         container.refresh()?;
@@ -194,17 +191,12 @@ impl Container {
         for pid in &gone {
             self.live.remove(pid);
         }
-        self.sent.retain(|pid, _| round.iter().any(|(layout, _)| layout.pid == *pid));
-        for ranges in self.sent.values_mut() {
-            // Merged, or every round would make the list longer.
-            *ranges = ranges.drain(..).collect::<PageSet>().ranges().to_vec();
-        }
         Ok(round)
     }
 
     /// The next pages of a round, about `pages` of them; `None` at its end.
     pub fn next_pages(
-        &mut self,
+        &self,
         pid: NsPid,
         walk: &mut Walk,
         pages: u64,
@@ -214,7 +206,6 @@ impl Container {
             Err(error) if error.is_gone() => return Ok(None),
             found => found.map_err(|source| ContainerError::Track { pid: host_pid, source })?,
         };
-        self.sent.entry(pid).or_default().extend_from_slice(found.ranges());
         Ok((!found.is_empty()).then_some(found))
     }
 
@@ -274,10 +265,12 @@ impl Container {
         self.processes.iter().filter(shares).map(|process| process.ns_pid).collect()
     }
 
-    /// The layout and the last dirty pages of every process. All threads are stopped.
+    /// The layout and the last dirty pages of every process, and which of those `sent` have vanished. All threads are
+    /// stopped.
     pub fn last_round(
         &mut self,
         stopped: &[StoppedProcess],
+        sent: &Sent,
     ) -> Result<Vec<(Process, LastPages)>, ContainerError> {
         let mut round = Vec::with_capacity(stopped.len());
         for (process, stopped) in self.processes.iter().zip(stopped) {
@@ -285,14 +278,8 @@ impl Container {
             let live = self.live.get_mut(&process.pid).expect("every process has an entry");
             let threads =
                 stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
-            let sent: PageSet = self.sent.remove(&process.ns_pid).into_iter().flatten().collect();
-            let (layout, (memory, dirty)) = live.last_round(process, parent, threads, &sent)?;
-            // The freeze may be taken back, and be followed by another one.
-            let sent = sent.difference(&dirty.absent).union(&dirty.written);
-            self.sent.insert(process.ns_pid, sent.ranges().to_vec());
-            round.push((layout, (memory, dirty)));
+            round.push(live.last_round(process, parent, threads, &sent.pages(process.ns_pid))?);
         }
-        self.sent.retain(|pid, _| round.iter().any(|(layout, _)| layout.pid == *pid));
         Ok(round)
     }
 

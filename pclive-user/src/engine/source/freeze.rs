@@ -107,11 +107,11 @@ impl Migration<'_> {
         }
         self.clock.enter("last dirty pages");
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
-            self.container.last_round(stopped)?.into_iter().unzip();
+            self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone())?;
         self.sender.limit(None);
-        let outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
+        let outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
         let hot = &mut self.hot;
         let (sent, captured) = std::thread::scope(|scope| {

@@ -156,8 +156,8 @@ struct Migration<'a> {
     /// Sees every write as it happens; none in the tier that only scans.
     observer: Option<WriteObserver>,
     heat: Heat,
-    /// What the destination has; `None` if every dirty page is to be sent whole.
-    sent: Option<Sent>,
+    /// What the destination has.
+    sent: Sent,
     /// The pages of each process that are held back.
     hot: HashMap<NsPid, HotPages>,
     round: Round,
@@ -222,9 +222,7 @@ pub fn migrate(
         guard,
         observer,
         heat: Heat::default(),
-        sent: (options.patch_pages && !options.mode.freezes_first())
-            .then(Sent::nothing)
-            .transpose()
+        sent: Sent::nothing(options.patch_pages && !options.mode.freezes_first())
             .map_err(MigrateError::Random)?,
         hot: HashMap::new(),
         round: Round(0),

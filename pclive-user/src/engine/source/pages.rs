@@ -29,13 +29,13 @@ pub enum SendError {
 /// The pages of one round on their way.
 pub struct Outgoing<'a> {
     sender: &'a mut PageSender,
-    before: Option<&'a mut Sent>,
+    before: &'a mut Sent,
     sent: RoundSummary,
 }
 
 impl<'a> Outgoing<'a> {
-    /// Begins `round`; of pages that were sent `before`, only what has changed is sent, if that is given.
-    pub fn new(sender: &'a mut PageSender, before: Option<&'a mut Sent>, round: Round) -> Self {
+    /// Begins `round`; of pages that were sent `before`, only what has changed is sent, if that is known.
+    pub fn new(sender: &'a mut PageSender, before: &'a mut Sent, round: Round) -> Self {
         Self { sender, before, sent: RoundSummary::none(round) }
     }
 
@@ -51,7 +51,7 @@ impl<'a> Outgoing<'a> {
             let contents = buffer.contents_mut();
             let missing =
                 memory.read_pages(&ranges, contents).map_err(|source| SendError::Read { pid, source })?;
-            let digests = self.before.as_mut().and_then(|before| before.digests(pid));
+            let digests = self.before.of(pid).and_then(|before| before.sending(&ranges));
             let runs = compact(&ranges, &missing, contents, digests);
             if !runs.is_empty() {
                 runs.iter().for_each(|run| self.sent.count(run));
@@ -63,16 +63,13 @@ impl<'a> Outgoing<'a> {
 
     /// Tells that pages of the process `pid` are no longer there.
     pub fn absent(&mut self, pid: NsPid, pages: &PageSet) -> Result<(), SendError> {
+        if let Some(before) = self.before.of(pid) {
+            before.dropped(pages);
+        }
         for ranges in batches(pages.ranges(), MAX_BATCH_PAGES as u64) {
             let absent = |&range| PageRun { range, kind: RunKind::Absent };
             let runs: Vec<PageRun> = ranges.iter().map(absent).collect();
-            let mut digests = self.before.as_mut().and_then(|before| before.digests(pid));
-            for run in &runs {
-                self.sent.count(run);
-                if let Some(digests) = &mut digests {
-                    digests.forget(run.range);
-                }
-            }
+            runs.iter().for_each(|run| self.sent.count(run));
             let buffer = self.sender.buffer()?;
             self.sender.send(pid, &runs, buffer)?;
         }

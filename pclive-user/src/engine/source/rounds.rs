@@ -76,7 +76,7 @@ impl Migration<'_> {
         self.begin_round(layouts)?;
         self.hot.retain(|pid, _| pids.contains(pid));
         let mut dirty_pages = 0;
-        let mut outgoing = Outgoing::new(&mut self.sender, self.sent.as_mut(), self.round);
+        let mut outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
         for (pid, mut walk) in pids.into_iter().zip(walks) {
             let hot = self.hot.entry(pid).or_insert_with(|| HotPages::new(self.options.hot_rounds));
             let Some(memory) = self.container.memory(pid) else { continue };
@@ -127,9 +127,7 @@ impl Migration<'_> {
 
     /// Begins a round at the destination, which makes its skeleton equal to these processes.
     pub(super) fn begin_round(&mut self, layouts: Vec<Process>) -> Result<(), MigrateError> {
-        if let Some(sent) = &mut self.sent {
-            sent.reconciled(&layouts);
-        }
+        self.sent.reconciled(&layouts);
         let round = self.round;
         self.send_manifest(Manifest { round, last: false, processes: layouts, descriptions: Vec::new() })
     }
