@@ -8,10 +8,11 @@
 //! Traffic may fall for other reasons: clients that leave look like clients that suffer. So pages never go slower than
 //! two fifths of the fastest that was seen: at worst a migration takes two and a half times as long.
 
-/// What the limit is multiplied with when the clients get too little.
-const SLOWER: f64 = 0.9;
+/// What the limit is multiplied with when the clients get too little. Much at once, and little by little back: two busy
+/// processors go from enough to far too little within a few percent of load, and need a while to recover.
+const SLOWER: f64 = 0.75;
 /// What the limit is multiplied with when they get enough.
-const FASTER: f64 = 1.05;
+const FASTER: f64 = 1.02;
 /// So much above the share asked for is enough to go faster; in between the limit stays.
 const MARGIN: f64 = 0.03;
 /// The smallest limit, as a share of the fastest rate that was seen.
@@ -88,11 +89,11 @@ mod tests {
     fn a_limit_goes_away_when_it_is_not_needed() {
         let mut throttle = Throttle::new(85, 1e6).unwrap();
         assert_eq!(throttle.observe(1e6, 1e8), None);
-        assert_eq!(throttle.observe(0.8e6, 1e8), Some(90_000_000));
-        assert_eq!(throttle.observe(0.86e6, 9e7), Some(90_000_000));
-        assert_eq!(throttle.observe(0.9e6, 9e7), Some(94_500_000));
-        assert_eq!(throttle.observe(2e6, 9e7), Some(99_225_000));
-        assert_eq!(throttle.observe(0.9e6, 9e7), None);
+        assert_eq!(throttle.observe(0.8e6, 1e8), Some(75_000_000));
+        assert_eq!(throttle.observe(0.86e6, 7.5e7), Some(75_000_000));
+        assert_eq!(throttle.observe(0.9e6, 7.5e7), Some(76_500_000));
+        assert_eq!(throttle.observe(2e6, 7.6e7), Some(78_030_000));
+        assert_eq!((0..20).map(|_| throttle.observe(0.9e6, 7e7)).last(), Some(None));
     }
 
     #[test]
