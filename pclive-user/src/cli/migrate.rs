@@ -46,8 +46,8 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..))]
     max_bandwidth: Option<u64>,
     /// Slow the rounds down while less than this share of the container's usual network traffic, in percent, comes through;
-    /// to two fifths of their speed at the least. 0: never.
-    #[arg(long, value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
+    /// to two fifths of their speed at the least. 0: never. What it is worth depends on the host (README, figures).
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=100))]
     min_throughput: u8,
     /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round. Of use
     /// only with --whole-pages.
