@@ -12,6 +12,10 @@ use pclive_tests::scene::{MIGRATE, MIGRATED, Network, Scene};
 /// How long the load runs before the migration starts and after it has ended.
 const MARGIN: Duration = Duration::from_secs(3);
 
+/// How long before a migration the memory is freed that it will take: long enough for that to be over, and not so long
+/// that the machine's host has it back.
+pub const SETTLE: Duration = Duration::from_millis(500);
+
 /// How long a migration may take: gigabytes over a slow link take minutes.
 const PATIENCE: Duration = Duration::from_secs(900);
 
@@ -23,6 +27,8 @@ pub struct Experiment {
     pub network: Network,
     /// Options of `pclive migrate`.
     pub options: Vec<String>,
+    /// The memory that the destination will take.
+    pub destination_bytes: u64,
 }
 
 /// What was seen.
@@ -39,8 +45,11 @@ impl Experiment {
     /// # Errors
     /// When the container did not move; the message has what pclive printed.
     pub fn carry_out(&self, programs: &Programs) -> Result<Measurement> {
+        let touched = touched_memory(self.destination_bytes);
         let mut scene = Scene::set(programs.clone(), &self.load, self.network)?;
-        sleep(MARGIN);
+        sleep(MARGIN.saturating_sub(SETTLE));
+        drop(touched);
+        sleep(SETTLE);
         let migration = migrate(&mut scene, &self.options)?;
         sleep(MARGIN);
         let (load, ..) = scene.stop_load()?;
@@ -76,9 +85,16 @@ pub fn rate_before(load: &LoadReport) -> f64 {
     load.rate_between(0, migration_span_us(load).0)
 }
 
-/// Requests per second from the start of the migration to the blackout.
-pub fn rate_during(load: &LoadReport) -> f64 {
-    load.rate_between(migration_span_us(load).0, gap(load).start_us)
+/// Requests per second from the start of the migration to the blackout, which began at `frozen_us`.
+pub fn rate_during(load: &LoadReport, frozen_us: u64) -> f64 {
+    load.rate_between(migration_span_us(load).0, frozen_us)
+}
+
+/// When a blackout began, as the load's report counts time, of which the mover says that it was `frozen_us` after the
+/// mover's start. The mover's clock is laid at the end of the migration, which took it `total_us`: before its begin a
+/// program has to be started and to look at what the kernel offers.
+pub fn blackout_start_us(load: &LoadReport, frozen_us: u64, total_us: u64) -> u64 {
+    (migration_span_us(load).1 + frozen_us).saturating_sub(total_us)
 }
 
 /// When the migration started and ended, as the load's report counts time.
@@ -88,7 +104,7 @@ pub fn migration_span_us(load: &LoadReport) -> (u64, u64) {
 }
 
 /// As many bytes of the machine's memory, touched, so that a virtual machine's host has backed them before anything is
-/// measured: first touches can be several times slower.
+/// measured: first touches can be several times slower. The host has them back some seconds after they are freed.
 pub fn touched_memory(bytes: u64) -> Vec<u8> {
     std::hint::black_box(vec![1_u8; bytes as usize])
 }

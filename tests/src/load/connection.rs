@@ -32,7 +32,9 @@ pub(super) enum RequestKind {
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
+    /// As long as what has been read at most so far, of which the first `received` bytes are not understood yet.
     input: Vec<u8>,
+    received: usize,
     output: Vec<u8>,
     written: usize,
     /// Whether the epoll set also waits for the socket to take bytes.
@@ -45,8 +47,15 @@ impl Connection {
         let stream = TcpStream::connect(server)?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
-        let (input, output) = (Vec::with_capacity(READ_BYTES), Vec::with_capacity(READ_BYTES));
-        Ok(Self { stream, input, output, written: 0, waits_to_write: false, pending: VecDeque::new() })
+        Ok(Self {
+            stream,
+            input: Vec::new(),
+            received: 0,
+            output: Vec::with_capacity(READ_BYTES),
+            written: 0,
+            waits_to_write: false,
+            pending: VecDeque::new(),
+        })
     }
 
     /// Requests that have no answer yet.
@@ -86,24 +95,24 @@ impl Connection {
         service: Service,
         mut answered: impl FnMut(Request, Answer<'_>),
     ) -> io::Result<()> {
-        let start = self.input.len();
-        self.input.resize(start + READ_BYTES, 0);
-        let result = self.stream.read(&mut self.input[start..]);
-        self.input.truncate(start + result.as_ref().copied().unwrap_or(0));
-        match result {
+        // Cleared once, not for each answer: that would be most of what the program does.
+        self.input.resize(self.input.len().max(self.received + READ_BYTES), 0);
+        match self.stream.read(&mut self.input[self.received..]) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(bytes) => self.received += bytes,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            result => drop(result?),
+            Err(error) => return Err(error),
         }
         let mut parsed = 0;
-        while let Some((answer, len)) = protocol::parse(service, &self.input[parsed..]) {
+        while let Some((answer, len)) = protocol::parse(service, &self.input[parsed..self.received]) {
             let request = self.pending.pop_front();
             let request =
                 request.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "an answer to nothing"))?;
             answered(request, answer);
             parsed += len;
         }
-        self.input.drain(..parsed);
+        self.input.copy_within(parsed..self.received, 0);
+        self.received -= parsed;
         Ok(())
     }
 }

@@ -21,16 +21,13 @@ use super::obstacles::destination_mib;
 use super::results::{Cell, Measured, Results, Run};
 use super::statistics::Summary;
 use super::usage::Sampler;
-use crate::experiment::{migrate, migration_span_us, touched_memory};
+use crate::experiment::{SETTLE, migrate, migration_span_us, touched_memory};
 use crate::interrupt;
 
 /// A mover that fails so often without having succeeded is given up.
 const PATIENCE: usize = 2;
 /// How long the control lasts if nothing else was measured in its setting.
 const CONTROL: Duration = Duration::from_secs(5);
-/// How long before a migration the memory is freed that it will take: long enough for that to be over, and not so long
-/// that the machine's host has it back.
-const SETTLE: Duration = Duration::from_millis(500);
 /// How often a wait looks for an interrupt.
 const GLANCE: Duration = Duration::from_millis(200);
 

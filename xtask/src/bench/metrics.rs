@@ -3,7 +3,7 @@
 use super::cost;
 use super::results::{Cell, Run};
 use super::statistics::Summary;
-use crate::experiment::{gap, migration_span_us, rate_before};
+use crate::experiment::{gap, migration_span_us, rate_before, rate_during};
 use pclive_tests::scene::MIGRATE;
 
 /// A number of a run.
@@ -66,7 +66,7 @@ pub const THROUGHPUT: Metric = Metric {
         let during = match &run.movement {
             // A single round is the blackout itself.
             Some(movement) if movement.rounds < 2 => return None,
-            Some(_) => run.load.rate_between(migration_span_us(&run.load).0, run.frozen_us()?),
+            Some(_) => rate_during(&run.load, run.frozen_us()?),
             None => {
                 let (start_us, end_us) = migration_span_us(&run.load);
                 run.load.rate_between(start_us, end_us)

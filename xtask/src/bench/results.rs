@@ -9,7 +9,7 @@ use super::matrix::{Group, Mover, Setting};
 use super::movement::Movement;
 use super::provenance::Provenance;
 use super::usage::Sample;
-use crate::experiment::migration_span_us;
+use crate::experiment::blackout_start_us;
 
 /// One invocation of the benchmark.
 #[derive(Debug, Serialize, Deserialize)]
@@ -93,12 +93,10 @@ impl Measured {
 }
 
 impl Run {
-    /// When the blackout began, as the load's report counts time. The mover's clock is laid at the end of the migration:
-    /// before its begin a program has to be started and to look at what the kernel offers.
+    /// When the blackout began, as the load's report counts time.
     pub fn frozen_us(&self) -> Option<u64> {
         let movement = self.movement.as_ref()?;
-        let end_us = migration_span_us(&self.load).1;
-        Some((end_us + movement.frozen_us).saturating_sub(movement.total_us))
+        Some(blackout_start_us(&self.load, movement.frozen_us, movement.total_us))
     }
 
     fn tracker(&self) -> Option<&str> {

@@ -13,7 +13,7 @@ use pclive_tests::scene::Network;
 
 use crate::build::{need_root, release_programs};
 use crate::experiment::{
-    Experiment, Measurement, gap, migration_span_us, rate_before, rate_during, touched_memory,
+    Experiment, Measurement, blackout_start_us, gap, migration_span_us, rate_before, rate_during,
 };
 use crate::interrupt::remove_labs_on_interrupt;
 
@@ -63,8 +63,6 @@ pub fn run(options: &Options) -> Result<()> {
     remove_labs_on_interrupt()?;
     let programs = release_programs(options.programs.as_deref())?;
     let experiment = options.experiment();
-    // The container on both hosts, and what is around it.
-    drop(touched_memory(experiment.load.data_bytes * 3 + (1 << 30)));
     println!("moving {} MiB at {} ...", options.size, options.rate_name());
     let measurement = experiment.carry_out(&programs)?;
     print_report(&measurement);
@@ -88,7 +86,9 @@ impl Options {
         let mut options = vec!["--mode".to_owned(), self.mode.clone()];
         options.extend(self.migrate.iter().cloned());
         let network = if self.shared { Network::Shared(rate) } else { Network::Separate(rate) };
-        Experiment { load, network, options }
+        // Every mode but pclive-g has pages wait at the destination, beside the container's own memory.
+        let copies = if self.mode == "pclive-g" { 1 } else { 2 };
+        Experiment { load, network, options, destination_bytes: copies * data_bytes * 5 / 4 }
     }
 
     fn rate_name(&self) -> String {
@@ -109,7 +109,9 @@ fn print_report(measurement: &Measurement) {
     print!("{}", timeline::draw(&migration.blackout_phases()));
     println!("\nanswers per second, each column 0.1 s (^ from start to end of the migration)");
     print!("{}", plot::draw(&load.throughput_10ms, migration_span_us(load)));
-    let (before, during) = (rate_before(load), rate_during(load));
+    let frozen_us = migration.blackout_span_us().unwrap_or_default().0.max(0) as u64;
+    let blackout_us = blackout_start_us(load, frozen_us, migration.total_us);
+    let (before, during) = (rate_before(load), rate_during(load, blackout_us));
     let migrate_us = migration_span_us(load).0;
     let at = |gap: Gap| {
         let since = (gap.start_us as f64 - migrate_us as f64) / 1e6;
