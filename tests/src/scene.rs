@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 
-use crate::lab::{BitRate, Container, Lab, Payload};
+use crate::lab::{BitRate, Container, DedicatedProcessors, Lab, Payload};
 use crate::load::{LoadProcess, LoadReport, LoadSpec, Service};
 use crate::pclive::{Migrate, Outcome, Serve, TrackReport, track};
 use crate::programs::Programs;
@@ -23,6 +23,7 @@ pub struct Scene {
     container: Container,
     lab: Lab,
     network: Network,
+    _processors: DedicatedProcessors,
 }
 
 /// Which way migrations go, and how fast the hosts' links are there; `None` is as fast as the machine can.
@@ -35,13 +36,18 @@ pub enum Network {
 }
 
 impl Scene {
-    /// Starts the server and `pclive serve`, writes the data set, shapes the hosts' links and starts the load.
+    /// Starts the server on processors of its own and `pclive serve`, writes the data set, shapes the hosts' links and
+    /// starts the load.
     ///
     /// # Errors
     /// When any of them cannot be started.
     pub fn set(programs: Programs, load: &LoadSpec, network: Network) -> Result<Self> {
+        let processors = DedicatedProcessors::take()?;
         let mut lab = Lab::with_programs(programs, None)?;
-        let container = lab.add_container("service", &payload(load))?;
+        let container = lab.add_container(
+            "service",
+            &Payload { processors: processors.numbers().to_vec(), ..payload(load) },
+        )?;
         lab.source().start(&container.name)?;
         let server = SocketAddr::from((container.address, load.service.port()));
         // The data set is written before the links are shaped: that would only take longer.
@@ -52,7 +58,7 @@ impl Scene {
         }
         let serve = Serve::start(&lab, lab.destination())?;
         load.start()?;
-        Ok(Self { load, serve, container, lab, network })
+        Ok(Self { load, serve, container, lab, network, _processors: processors })
     }
 
     /// Migrates the container with these options and marks start and end in the load's report.

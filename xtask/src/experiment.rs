@@ -9,12 +9,10 @@ use pclive_tests::load::{Gap, LoadReport, LoadSpec};
 use pclive_tests::pclive::{MigrationReport, exit};
 use pclive_tests::scene::{MIGRATE, MIGRATED, Network, Scene};
 
+use crate::warm::WarmMemory;
+
 /// How long the load runs before the migration starts and after it has ended.
 const MARGIN: Duration = Duration::from_secs(3);
-
-/// How long before a migration the memory is freed that it will take: long enough for that to be over, and not so long
-/// that the machine's host has it back.
-pub const SETTLE: Duration = Duration::from_millis(500);
 
 /// How long a migration may take: gigabytes over a slow link take minutes.
 const PATIENCE: Duration = Duration::from_secs(900);
@@ -45,11 +43,10 @@ impl Experiment {
     /// # Errors
     /// When the container did not move; the message has what pclive printed.
     pub fn carry_out(&self, programs: &Programs) -> Result<Measurement> {
-        let touched = touched_memory(self.destination_bytes);
+        let warm = WarmMemory::touch(self.destination_bytes)?;
         let mut scene = Scene::set(programs.clone(), &self.load, self.network)?;
-        sleep(MARGIN.saturating_sub(SETTLE));
-        drop(touched);
-        sleep(SETTLE);
+        sleep(MARGIN);
+        let _offer = warm.offer()?;
         let migration = migrate(&mut scene, &self.options)?;
         sleep(MARGIN);
         let (load, ..) = scene.stop_load()?;
@@ -101,10 +98,4 @@ pub fn blackout_start_us(load: &LoadReport, frozen_us: u64, total_us: u64) -> u6
 pub fn migration_span_us(load: &LoadReport) -> (u64, u64) {
     let mark = |name| load.mark_us(name).unwrap_or_default();
     (mark(MIGRATE), mark(MIGRATED))
-}
-
-/// As many bytes of the machine's memory, touched, so that a virtual machine's host has backed them before anything is
-/// measured: first touches can be several times slower. The host has them back some seconds after they are freed.
-pub fn touched_memory(bytes: u64) -> Vec<u8> {
-    std::hint::black_box(vec![1_u8; bytes as usize])
 }

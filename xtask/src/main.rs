@@ -7,6 +7,7 @@ mod interrupt;
 mod run;
 mod setup;
 mod test;
+mod warm;
 
 use std::process::ExitCode;
 

@@ -45,10 +45,10 @@ pub struct MigrateArgs {
     /// clients; a slower migration takes less of them at a time.
     #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..))]
     max_bandwidth: Option<u64>,
-    /// Slow the rounds down while less than this share of the container's usual network traffic, in percent, comes through;
-    /// to two fifths of their speed at the least. 0: never. What it is worth depends on the host (README, figures).
-    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=100))]
-    min_throughput: u8,
+    /// Have the container and its neighbours come first while it still runs: pclive's nice value is so much higher until
+    /// the freeze. With 0 a migration on busy processors takes less time, and more of theirs.
+    #[arg(long, value_name = "N", default_value_t = 19, value_parser = clap::value_parser!(u8).range(..=19))]
+    nice: u8,
     /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round. Of use
     /// only with --whole-pages.
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -100,7 +100,7 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         max_rounds: args.max_rounds,
         max_blackout: Duration::from_millis(args.max_blackout),
         max_bandwidth: args.max_bandwidth.map(|megabits| megabits.saturating_mul(1_000_000 / 8)),
-        min_throughput: args.min_throughput,
+        nice: args.nice,
         hot_rounds: args.hot_rounds,
         patch_pages: !args.whole_pages,
         zero_copy: args.zerocopy,

@@ -55,23 +55,12 @@ impl TokenBucket {
         Self { bytes_per_second: bytes_per_second.max(1) as f64, burst, tokens: burst, refilled: now }
     }
 
-    /// Keeps to another rate from the time `now` on. What has been taken stays taken.
-    pub fn change(&mut self, bytes_per_second: u64, burst: u64, now: Duration) {
-        self.refill(now);
-        self.bytes_per_second = bytes_per_second.max(1) as f64;
-        self.burst = burst as f64;
-    }
-
-    fn refill(&mut self, now: Duration) {
-        let passed = now.saturating_sub(self.refilled).as_secs_f64();
-        self.refilled = self.refilled.max(now);
-        self.tokens = (self.tokens + passed * self.bytes_per_second).min(self.burst);
-    }
-
     /// Takes `bytes` at the time `now`; the sender has to wait as long as returned before it sends them. Waits of several
     /// senders add up, so the rate is kept over all of them.
     pub fn take(&mut self, bytes: u64, now: Duration) -> Duration {
-        self.refill(now);
+        let passed = now.saturating_sub(self.refilled).as_secs_f64();
+        self.refilled = self.refilled.max(now);
+        self.tokens = (self.tokens + passed * self.bytes_per_second).min(self.burst);
         self.tokens -= bytes as f64;
         let seconds = (-self.tokens).max(0.0) / self.bytes_per_second;
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
@@ -117,7 +106,5 @@ mod tests {
         ] {
             assert_eq!(bucket.take(bytes, now_ms * MS), wait_ms * MS, "{bytes} bytes at {now_ms} ms");
         }
-        bucket.change(100, 10, 1000 * MS);
-        assert_eq!(bucket.take(1, 1000 * MS), 20 * MS, "the byte before, and this one");
     }
 }

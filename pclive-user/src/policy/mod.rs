@@ -4,4 +4,3 @@ pub mod bandwidth;
 pub mod convergence;
 pub mod hot;
 pub mod mode;
-pub mod throttle;

@@ -14,21 +14,14 @@ pub struct Pace {
 impl Pace {
     /// At most `bytes_per_second` over all streams that have a clone of this; `None` is as fast as the network can.
     pub fn new(bytes_per_second: Option<u64>) -> Self {
-        let pace = Self { bucket: Arc::default(), epoch: Instant::now() };
-        pace.limit(bytes_per_second);
-        pace
+        // Bursts of 20 ms: shorter ones would be at the mercy of the timer, longer ones be felt by the clients.
+        let bucket = bytes_per_second.map(|rate| TokenBucket::new(rate, rate / 50, Duration::ZERO));
+        Self { bucket: Arc::new(Mutex::new(bucket)), epoch: Instant::now() }
     }
 
-    /// Another limit from now on.
-    pub fn limit(&self, bytes_per_second: Option<u64>) {
-        let now = self.epoch.elapsed();
-        // Bursts of 20 ms: shorter ones would be at the mercy of the timer, longer ones be felt by the clients.
-        let burst = |rate: u64| rate / 50;
-        let mut bucket = self.lock();
-        match (&mut *bucket, bytes_per_second) {
-            (Some(bucket), Some(rate)) => bucket.change(rate, burst(rate), now),
-            (_, rate) => *bucket = rate.map(|rate| TokenBucket::new(rate, burst(rate), now)),
-        }
+    /// No limit from now on.
+    pub fn lift(&self) {
+        *self.lock() = None;
     }
 
     /// Sleeps until `bytes` may be sent; returns for how long.

@@ -122,9 +122,9 @@ impl PageSender {
         self.paced
     }
 
-    /// Sends at most so many bytes per second from now on; `None` is as fast as the network can.
-    pub fn limit(&self, bytes_per_second: Option<u64>) {
-        self.pace.limit(bytes_per_second);
+    /// Sends as fast as the network can from now on.
+    pub fn lift_limit(&self) {
+        self.pace.lift();
     }
 
     /// The round whose pages are being sent.

@@ -50,6 +50,8 @@ pub struct Payload {
     pub env: Vec<String>,
     /// User and group the process starts with. Only root gets capabilities.
     pub user: (u32, u32),
+    /// The processors that it may use; none in particular if empty.
+    pub processors: Vec<usize>,
 }
 
 impl Payload {
@@ -57,7 +59,13 @@ impl Payload {
     pub fn program(path: impl Into<PathBuf>, args: &[&str]) -> Self {
         let path = path.into();
         let args = std::iter::once(path.display().to_string()).chain(args.iter().map(ToString::to_string));
-        Self { args: args.collect(), programs: vec![path], env: Vec::new(), user: (0, 0) }
+        Self {
+            args: args.collect(),
+            programs: vec![path],
+            env: Vec::new(),
+            user: (0, 0),
+            processors: Vec::new(),
+        }
     }
 
     /// Redis at port 6379, all in memory.
@@ -159,6 +167,10 @@ fn configure(config: &mut Value, payload: &Payload, placement: &Placement) {
     config["hostname"] = json!(placement.name);
     let linux = &mut config["linux"];
     linux["cgroupsPath"] = json!(placement.cgroup);
+    if !payload.processors.is_empty() {
+        let numbers: Vec<String> = payload.processors.iter().map(ToString::to_string).collect();
+        linux["resources"]["cpu"] = json!({ "cpus": numbers.join(",") });
+    }
     for namespace in linux["namespaces"].as_array_mut().expect("runc spec lists namespaces") {
         if namespace["type"] == "network" {
             namespace["path"] = json!(placement.netns);

@@ -16,6 +16,7 @@ mod command;
 mod host;
 pub mod net;
 mod netns;
+mod processors;
 mod teardown;
 mod traces;
 
@@ -31,6 +32,7 @@ pub use command::run;
 pub use host::{ContainerState, Host};
 pub use net::BitRate;
 pub use netns::Netns;
+pub use processors::DedicatedProcessors;
 pub use teardown::remove_own_labs;
 pub use traces::injected;
 

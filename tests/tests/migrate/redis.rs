@@ -50,11 +50,3 @@ fn with_tracker_tracepoint() -> Result<()> {
     assert_eq!(report.tracker, "tracepoint");
     Ok(())
 }
-
-/// More than the clients can have, so that the rounds go as slowly as they may.
-#[test]
-fn yielding_to_its_clients() -> Result<()> {
-    let report = move_under_load(&redis(), &["--min-throughput", "100"])?;
-    assert!(report.rounds.len() > 1, "pages flow while it runs: {:?}", report.rounds);
-    Ok(())
-}

@@ -3,9 +3,8 @@
 //! The last of each turn is the control: the same load for as long as the migrations take, without one. What its
 //! throughput and its longest gap do is the noise that every other number has to be read against.
 //!
-//! Who comes after whom matters: a virtual machine gives memory back to its host some seconds after it was freed, and has
-//! to ask for it again. So as much memory as the migration will take is touched before, and kept until shortly before it
-//! begins; and every other turn goes backwards.
+//! Who comes after whom matters: what one has left free the next one gets. So as much memory as the migration will take is
+//! touched before ([`crate::warm`]), and every other turn goes backwards.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -21,8 +20,9 @@ use super::obstacles::destination_mib;
 use super::results::{Cell, Measured, Results, Run};
 use super::statistics::Summary;
 use super::usage::Sampler;
-use crate::experiment::{SETTLE, migrate, migration_span_us, touched_memory};
+use crate::experiment::{migrate, migration_span_us};
 use crate::interrupt;
+use crate::warm::WarmMemory;
 
 /// A mover that fails so often without having succeeded is given up.
 const PATIENCE: usize = 2;
@@ -93,14 +93,13 @@ impl Campaign<'_> {
     }
 
     fn measure(&self, setting: &Setting, mover: &Mover, turn: usize, usual: Duration) -> Result<Run> {
-        let touched = touched_memory(destination_mib(setting, mover) << 20);
+        let warm = WarmMemory::touch(destination_mib(setting, mover) << 20)?;
         let mut scene = Scene::set(self.programs.clone(), &setting.load(), setting.network())?;
         let images = if *mover == Mover::Criu { Some(Images::new()?) } else { None };
         let kept = images.as_ref().map(Images::destination);
         let sampler = Sampler::start(scene.lab(), scene.container(), kept)?;
-        pause(self.margin.saturating_sub(SETTLE))?;
-        drop(touched);
-        pause(SETTLE)?;
+        pause(self.margin)?;
+        let _offer = warm.offer()?;
         let options = mover.options();
         let (mut movement, mut tracking) = (None, None);
         match mover {

@@ -110,7 +110,7 @@ impl Migration<'_> {
             self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone())?;
-        self.sender.limit(None);
+        self.sender.lift_limit();
         let outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
         let hot = &mut self.hot;

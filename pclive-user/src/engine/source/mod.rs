@@ -11,16 +11,15 @@
 //! decide. Not covered are the microseconds in which a thread makes calls for pclive
 //! ([`pclive_sys::script::Borrowed`]).
 
+mod background;
 mod container;
 mod freeze;
 mod handoff;
 mod pages;
 mod rounds;
 mod sent;
-mod traffic;
 
 use sent::Sent;
-use traffic::TrafficGuard;
 
 pub use container::{Container, ContainerError};
 pub use pages::SendError;
@@ -70,8 +69,8 @@ pub struct Options {
     pub max_blackout: Duration,
     /// Most bytes per second before the freeze.
     pub max_bandwidth: Option<u64>,
-    /// Share of the container's usual traffic, in percent, below which rounds go slower; 0 for never.
-    pub min_throughput: u8,
+    /// How far the rounds step back behind other work on this host: what is added to pclive's nice value.
+    pub nice: u8,
     /// A page written in so many rounds in a row is held back; 0 holds back none.
     pub hot_rounds: usize,
     /// Of a page that was sent before, send only the blocks that have changed.
@@ -151,8 +150,6 @@ struct Migration<'a> {
     links: Links,
     channel: SourceChannel,
     sender: PageSender,
-    /// Slows rounds down for the clients' sake.
-    guard: Option<TrafficGuard>,
     /// Sees every write as it happens; none in the tier that only scans.
     observer: Option<WriteObserver>,
     heat: Heat,
@@ -183,10 +180,6 @@ pub fn migrate(
     report.mode = options.mode.to_string();
     report.tracker = options.tracker.to_string();
     let container = preflight(options, runtime)?;
-    clock.enter("listen to traffic");
-    let (init, percent) = (container.env().init, options.min_throughput);
-    let percent = if options.mode.freezes_first() { 0 } else { percent };
-    let guard = TrafficGuard::listen(init, percent, options.max_bandwidth)?;
     clock.enter("connect");
     let facts = host::facts()?;
     let proposal = Proposal {
@@ -219,7 +212,6 @@ pub fn migrate(
         links,
         channel,
         sender,
-        guard,
         observer,
         heat: Heat::default(),
         sent: Sent::nothing(options.patch_pages && !options.mode.freezes_first())

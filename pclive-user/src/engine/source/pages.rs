@@ -39,11 +39,6 @@ impl<'a> Outgoing<'a> {
         Self { sender, before, sent: RoundSummary::none(round) }
     }
 
-    /// The stream.
-    pub fn sender(&self) -> &PageSender {
-        self.sender
-    }
-
     /// Reads and sends pages of the process `pid`.
     pub fn pages(&mut self, pid: NsPid, memory: &ProcessMemory, pages: &PageSet) -> Result<(), SendError> {
         for ranges in batches(pages.ranges(), MAX_BATCH_PAGES as u64) {

@@ -1,5 +1,6 @@
 //! Pre-copy: rounds while the container runs, until it is time to freeze.
 
+use super::background::Background;
 use super::pages::Outgoing;
 use super::{MigrateError, Migration, STEP};
 use crate::engine::report::RoundReport;
@@ -30,21 +31,17 @@ impl Migration<'_> {
         if self.options.mode.freezes_first() {
             return Ok(());
         }
+        let mut nice = self.options.nice;
         loop {
             match decide(&left, &bandwidth, &limits) {
                 Decision::Round => {}
-                // At full speed there may be.
-                Decision::Freeze(FreezeReason::NoProgress) if self.guard.take().is_some() => {
-                    self.sender.limit(self.options.max_bandwidth);
-                }
+                // There may be when nobody comes first.
+                Decision::Freeze(FreezeReason::NoProgress) if nice > 0 => nice = 0,
                 Decision::Freeze(_) => return Ok(()),
             }
             self.cancellation.check()?;
             let paced = self.sender.paced();
-            if let Some(guard) = &mut self.guard {
-                guard.begin_round(left.last().copied(), &self.sender);
-            }
-            let report = self.round(expected)?;
+            let report = self.round(expected, nice)?;
             // The blackout will know no rate limit.
             let paced = self.sender.paced() - paced;
             bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us).saturating_sub(paced));
@@ -67,9 +64,11 @@ impl Migration<'_> {
     }
 
     /// One round of pages that were written since they were sent, without the hot ones; about `expected` of them.
-    fn round(&mut self, expected: Option<u64>) -> Result<RoundReport, MigrateError> {
+    fn round(&mut self, expected: Option<u64>, nice: u8) -> Result<RoundReport, MigrateError> {
         let start = Instant::now();
         let (layouts, walks): (Vec<Process>, Vec<Walk>) = self.container.begin_round()?.into_iter().unzip();
+        // Not before: processes stand still while they are attached to.
+        let _background = Background::enter(nice)?;
         let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
         let expected = expected.map_or_else(|| self.left_to_send(), Ok)?;
         self.progress.round(self.round, expected);
@@ -85,9 +84,6 @@ impl Migration<'_> {
                 let found = pages.pages();
                 outgoing.pages(pid, &memory, &hot.split(pages))?;
                 self.progress.sent(found);
-                if let Some(guard) = &mut self.guard {
-                    guard.watch(outgoing.sender());
-                }
                 dirty_pages += found;
             }
             outgoing.pages(pid, &memory, &hot.end_round())?;
