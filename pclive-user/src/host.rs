@@ -14,9 +14,9 @@ pub enum HostError {
     /// A file under /proc could not be read.
     #[error("read {0}")]
     Proc(&'static str, #[source] procfs::ProcError),
-    /// A call of this process failed.
-    #[error("{0}")]
-    Call(&'static str, #[source] nix::errno::Errno),
+    /// `uname(2)` failed.
+    #[error("uname")]
+    Uname(#[source] nix::errno::Errno),
     /// The vDSO could not be read.
     #[error("read the vDSO")]
     Vdso(#[source] std::io::Error),
@@ -27,7 +27,7 @@ pub enum HostError {
 
 /// Describes this host.
 pub fn facts() -> Result<HostFacts, HostError> {
-    let uname = nix::sys::utsname::uname().map_err(|e| HostError::Call("uname", e))?;
+    let uname = nix::sys::utsname::uname().map_err(HostError::Uname)?;
     let cpus = procfs::CpuInfo::current().map_err(|e| HostError::Proc("/proc/cpuinfo", e))?;
     let xstate = pclive_sys::cpu::extended_state();
     Ok(HostFacts {

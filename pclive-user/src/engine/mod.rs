@@ -22,7 +22,8 @@
 //! The frozen container's dirty pages travel as a round of their own, before the manifest that carries its state, because
 //! reading that state takes longer than finding the pages: the two overlap.
 
-pub mod clock;
+mod background;
+mod clock;
 pub mod destination;
 pub mod report;
 pub mod source;

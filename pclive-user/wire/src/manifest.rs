@@ -15,6 +15,8 @@ pub struct Manifest {
     pub round: Round,
     /// Taken after the freeze: every `state` is present, and no round follows.
     pub last: bool,
+    /// How far placing these pages steps back behind other work of the destination, as a nice value; 0 after the freeze.
+    pub nice: u8,
     /// Parents come before their children; the first is PID 1.
     #[serde(deserialize_with = "at_most::<MAX_PROCESSES, _, _>")]
     pub processes: Vec<Process>,

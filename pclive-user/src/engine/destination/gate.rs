@@ -4,6 +4,7 @@
 //! A round is complete when every stream has brought its barrier. Pages that are to be applied later wait in one backlog
 //! for all streams, in the order of their arrival.
 
+use crate::engine::background::Background;
 use crate::policy::mode::{applies_on_arrival, backlog_is_due};
 use crate::restore::skeleton::SharedPlacements;
 use crate::transport::{Batch, PageEvent, PageReceiver};
@@ -57,6 +58,8 @@ struct State {
     /// Pages that have vanished at the source, and are yet to be dropped here.
     absent: HashMap<(Round, NsPid), Vec<PageRange>>,
     apply_time: Duration,
+    /// How far placing steps back behind other work now.
+    nice: u8,
     closed: bool,
     failure: Option<PageError>,
 }
@@ -69,8 +72,15 @@ impl Gate {
 
     /// Takes everything that a stream brings, until it is closed. Failures are kept for [`Gate::wait_for_round`].
     pub fn run(&self, mut stream: PageReceiver) {
+        let (mut nice, mut background) = (0, None);
         loop {
-            let result = stream.recv().map_err(PageError::from).and_then(|event| match event {
+            let event = stream.recv();
+            let wanted = self.lock().nice;
+            if std::mem::replace(&mut nice, wanted) != wanted {
+                drop(background.take());
+                background = Background::enter(wanted);
+            }
+            let result = event.map_err(PageError::from).and_then(|event| match event {
                 PageEvent::Batch(batch) => self.take(batch),
                 PageEvent::Barrier(round) => {
                     *self.lock().barriers.entry(round).or_default() += 1;
@@ -90,9 +100,12 @@ impl Gate {
         }
     }
 
-    /// Lets the pages of `round` in.
-    pub fn open(&self, round: Round) {
-        self.lock().open_below = Round(round.0 + 1);
+    /// Lets the pages of `round` in, to be placed as far behind other work as `nice` says.
+    pub fn open(&self, round: Round, nice: u8) {
+        let mut state = self.lock();
+        state.open_below = Round(round.0 + 1);
+        state.nice = nice;
+        drop(state);
         self.changed.notify_all();
     }
 

@@ -338,7 +338,7 @@ impl<'a> Building<'a> {
     ) -> Result<(), DestinationError> {
         let start = Instant::now();
         self.skeleton().reconcile(manifest)?;
-        self.gate.open(manifest.round);
+        self.gate.open(manifest.round, manifest.nice);
         let duration_us = start.elapsed().as_micros() as u64;
         Ok(channel.send(&DestinationMessage::Reconciled { round: manifest.round, duration_us })?)
     }

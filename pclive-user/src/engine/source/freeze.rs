@@ -109,7 +109,7 @@ impl Migration<'_> {
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
             self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
-        self.begin_round(layouts.clone())?;
+        self.begin_round(layouts.clone(), 0)?;
         self.sender.lift_limit();
         let outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
@@ -148,7 +148,7 @@ impl Migration<'_> {
         files: CapturedFiles,
     ) -> Result<SocketCapture, MigrateError> {
         let CapturedFiles { descriptions, tables, sockets, transient: _ } = files;
-        let mut manifest = Manifest { round: self.round, last: true, processes, descriptions };
+        let mut manifest = Manifest { round: self.round, last: true, nice: 0, processes, descriptions };
         for (process, (_, table)) in manifest.processes.iter_mut().zip(tables) {
             if let Some(state) = &mut process.state {
                 state.fds = table;

@@ -11,7 +11,6 @@
 //! decide. Not covered are the microseconds in which a thread makes calls for pclive
 //! ([`pclive_sys::script::Borrowed`]).
 
-mod background;
 mod container;
 mod freeze;
 mod handoff;

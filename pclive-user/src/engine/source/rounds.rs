@@ -1,8 +1,8 @@
 //! Pre-copy: rounds while the container runs, until it is time to freeze.
 
-use super::background::Background;
 use super::pages::Outgoing;
 use super::{MigrateError, Migration, STEP};
+use crate::engine::background::Background;
 use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
@@ -68,11 +68,11 @@ impl Migration<'_> {
         let start = Instant::now();
         let (layouts, walks): (Vec<Process>, Vec<Walk>) = self.container.begin_round()?.into_iter().unzip();
         // Not before: processes stand still while they are attached to.
-        let _background = Background::enter(nice)?;
+        let _background = Background::enter(nice);
         let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
         let expected = expected.map_or_else(|| self.left_to_send(), Ok)?;
         self.progress.round(self.round, expected);
-        self.begin_round(layouts)?;
+        self.begin_round(layouts, nice)?;
         self.hot.retain(|pid, _| pids.contains(pid));
         let mut dirty_pages = 0;
         let mut outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
@@ -122,10 +122,16 @@ impl Migration<'_> {
     }
 
     /// Begins a round at the destination, which makes its skeleton equal to these processes.
-    pub(super) fn begin_round(&mut self, layouts: Vec<Process>) -> Result<(), MigrateError> {
+    pub(super) fn begin_round(&mut self, layouts: Vec<Process>, nice: u8) -> Result<(), MigrateError> {
         self.sent.reconciled(&layouts);
         let round = self.round;
-        self.send_manifest(Manifest { round, last: false, processes: layouts, descriptions: Vec::new() })
+        self.send_manifest(Manifest {
+            round,
+            last: false,
+            nice,
+            processes: layouts,
+            descriptions: Vec::new(),
+        })
     }
 
     /// Sends what the container looks like now.

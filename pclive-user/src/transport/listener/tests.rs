@@ -263,6 +263,7 @@ fn a_manifest_is_checked_on_arrival() {
     let manifest = pclive_wire::manifest::Manifest {
         round: Round(0),
         last: false,
+        nice: 0,
         processes: Vec::new(),
         descriptions: Vec::new(),
     };

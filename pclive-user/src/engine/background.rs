@@ -1,10 +1,9 @@
 //! While the container still runs, it and its neighbours come first: the rounds are background work.
 //!
-//! They read, compare and send for seconds, and are not in a hurry. So the thread that does it has a high nice value, until
-//! the container is frozen: then nobody's work on this host is more urgent. The kernel weighs a nice value against others
-//! of the same group of tasks only (sched(7), "The autogroup feature", and the cgroup controller `cpu`).
+//! They read, compare, send and place pages for seconds, and are not in a hurry. So the threads that do it at both hosts
+//! have a high nice value until the container is frozen: then nobody's work is more urgent. The kernel weighs a nice value
+//! against others of the same group of tasks only (sched(7), "The autogroup feature", and the cgroup controller `cpu`).
 
-use crate::host::HostError;
 use pclive_sys::thread::{scheduling, set_scheduling};
 use pclive_wire::HostPid;
 use pclive_wire::manifest::Scheduling;
@@ -24,21 +23,16 @@ pub struct Background {
 }
 
 impl Background {
-    /// Adds `nice` to the nice value of the calling thread. `None` if that is nothing, or could not be taken back.
-    ///
-    /// # Errors
-    /// When the kernel refuses it, or does not tell what pclive may do.
-    pub fn enter(nice: u8) -> Result<Option<Self>, HostError> {
-        let status = procfs::process::Process::myself().and_then(|me| me.status());
-        let allowed = status.map_err(|source| HostError::Proc("/proc/self/status", source))?.capeff;
+    /// Adds `nice` to the nice value of the calling thread. `None` if that is nothing, or could not be done and taken back.
+    pub fn enter(nice: u8) -> Option<Self> {
+        let allowed = procfs::process::Process::myself().and_then(|me| me.status()).ok()?.capeff;
         if nice == 0 || allowed & CAP_SYS_NICE == 0 {
-            return Ok(None);
+            return None;
         }
-        let failed = |source| HostError::Call("sched_setattr", source);
-        let usual = scheduling(SELF).map_err(failed)?;
+        let usual = scheduling(SELF).ok()?;
         let behind = Scheduling { nice: usual.nice.saturating_add(nice.into()).min(19), ..usual.clone() };
-        set_scheduling(SELF, &behind).map_err(failed)?;
-        Ok(Some(Self { usual, thread: PhantomData }))
+        set_scheduling(SELF, &behind).ok()?;
+        Some(Self { usual, thread: PhantomData })
     }
 }
 
@@ -60,13 +54,13 @@ mod tests {
     fn a_thread_has_its_own_priority_back_afterwards() {
         let nice = || scheduling(SELF).unwrap().nice;
         let usual = nice();
-        let background = Background::enter(7).unwrap().expect("tests run as root");
+        let background = Background::enter(7).expect("tests run as root");
         assert_eq!(nice(), usual + 7);
-        let elsewhere = std::thread::spawn(move || Background::enter(40).unwrap().map(|_| nice()));
+        let elsewhere = std::thread::spawn(move || Background::enter(40).map(|_| nice()));
         assert_eq!(elsewhere.join().unwrap(), Some(19), "no more than the kernel knows");
         assert_eq!(nice(), usual + 7);
         drop(background);
         assert_eq!(nice(), usual);
-        assert!(Background::enter(0).unwrap().is_none());
+        assert!(Background::enter(0).is_none());
     }
 }
