@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 
 /// What a blackout costs beside sending pages, for the prediction: about what `cargo xtask bench` shows.
 const FIXED_COST: Duration = Duration::from_millis(8);
+/// When rounds take less than this they do not step back any more: others hardly notice them, but the longer they took, the
+/// more would be written meanwhile, and the more rounds would follow.
+const SHORT: Duration = Duration::from_secs(2);
 
 impl Migration<'_> {
     /// Sends rounds until the policy says to freeze.
@@ -50,6 +53,9 @@ impl Migration<'_> {
             expected = Some(pages);
             self.progress.round_over(&report, predicted_blackout(bytes, &bandwidth, &limits));
             left.push(bytes);
+            if bandwidth.time_for(bytes).is_some_and(|time| time < SHORT) {
+                nice = 0;
+            }
         }
     }
 
