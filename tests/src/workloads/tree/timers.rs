@@ -10,12 +10,14 @@ use nix::time::clock_gettime;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const INTERVAL: Duration = Duration::from_millis(40);
 const FAR: Duration = Duration::from_secs(3600);
 /// Timers are late by as much as the machine is busy, never early.
 const SLACK: Duration = Duration::from_millis(1);
+/// How late a tick may be.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A timer that is far from done: its rest may only shrink, and no faster than time passes.
 #[derive(Debug)]
@@ -108,7 +110,12 @@ impl Timers {
         let clock = monotonic();
         findings.that(clock >= self.clock, format!("the clock went back from {:?} to {clock:?}", self.clock));
         self.clock = clock;
-        self.read_ticks()
+        let (ticks, start) = (self.ticks, Instant::now());
+        while self.ticks == ticks && start.elapsed() < PATIENCE {
+            std::thread::sleep(SLACK);
+            self.read_ticks()?;
+        }
+        Ok(())
     }
 
     fn read_ticks(&mut self) -> io::Result<()> {
