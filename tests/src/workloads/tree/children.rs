@@ -131,7 +131,7 @@ impl Probe for Children {
         findings.succeed("ask the shell", result);
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&mut self) -> Vec<(&'static str, u64)> {
         vec![("sleeps", self.sleeps)]
     }
 

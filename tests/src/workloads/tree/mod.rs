@@ -189,7 +189,7 @@ impl Tree {
         })
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.probes.iter().flat_map(|probe| probe.counters()).collect()
+    fn counters(&mut self) -> Vec<(&'static str, u64)> {
+        self.probes.iter_mut().flat_map(|probe| probe.counters()).collect()
     }
 }

@@ -11,7 +11,7 @@ pub trait Probe {
     fn check(&mut self, findings: &mut Findings);
 
     /// Numbers that grow for as long as all is well.
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&mut self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
 

@@ -279,7 +279,7 @@ impl Probe for Signals {
         }
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&mut self) -> Vec<(&'static str, u64)> {
         vec![
             ("interval_timer", count(Signal::SIGALRM as i32)),
             ("virtual_timer", count(Signal::SIGVTALRM as i32)),

@@ -321,7 +321,7 @@ impl Probe for Threads {
         }
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&mut self) -> Vec<(&'static str, u64)> {
         self.list.iter().map(|thread| (thread.name, thread.pulse.beats.load(Ordering::Acquire))).collect()
     }
 
