@@ -41,6 +41,14 @@ pub fn facts() -> Result<HostFacts, HostError> {
     })
 }
 
+/// Whether the capability with this number (capabilities(7)) is in the effective set of this process.
+pub fn has_capability(number: u32) -> Result<bool, HostError> {
+    let status = Process::myself()
+        .and_then(|process| process.status())
+        .map_err(|e| HostError::Proc("/proc/self/status", e))?;
+    Ok(status.capeff >> number & 1 == 1)
+}
+
 /// The features that all processors have: a thread may run on any of them.
 fn common_features(cpus: &procfs::CpuInfo) -> BTreeSet<String> {
     let of_cpu = |number| {

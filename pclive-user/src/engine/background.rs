@@ -1,9 +1,11 @@
 //! While the container still runs, it and its neighbours come first: the rounds are background work.
 //!
 //! They read, compare, send and place pages for seconds, and are not in a hurry. So the threads that do it at both hosts
-//! have a high nice value until the container is frozen: then nobody's work is more urgent. The kernel weighs a nice value
-//! against others of the same group of tasks only (sched(7), "The autogroup feature", and the cgroup controller `cpu`).
+//! have a high nice value while a round is long (`rounds` decides); in the short ones just before the freeze, and from it on,
+//! nobody's work is more urgent. The kernel weighs a nice value against others of the same group of tasks only (sched(7),
+//! "The autogroup feature", and the cgroup controller `cpu`).
 
+use crate::host::has_capability;
 use pclive_sys::thread::{scheduling, set_scheduling};
 use pclive_wire::HostPid;
 use pclive_wire::manifest::Scheduling;
@@ -11,8 +13,8 @@ use std::marker::PhantomData;
 
 /// The calling thread, as `sched_setattr(2)` numbers it.
 const SELF: HostPid = HostPid(0);
-/// `CAP_SYS_NICE` (capabilities(7)): without it nobody gets a lower nice value back.
-const CAP_SYS_NICE: u64 = 1 << 23;
+/// Without it nobody gets a lower nice value back.
+const CAP_SYS_NICE: u32 = 23;
 
 /// The calling thread steps back behind others as long as this lives.
 #[derive(Debug)]
@@ -25,8 +27,7 @@ pub struct Background {
 impl Background {
     /// Adds `nice` to the nice value of the calling thread. `None` if that is nothing, or could not be done and taken back.
     pub fn enter(nice: u8) -> Option<Self> {
-        let allowed = procfs::process::Process::myself().and_then(|me| me.status()).ok()?.capeff;
-        if nice == 0 || allowed & CAP_SYS_NICE == 0 {
+        if nice == 0 || !has_capability(CAP_SYS_NICE).unwrap_or(false) {
             return None;
         }
         let usual = scheduling(SELF).ok()?;

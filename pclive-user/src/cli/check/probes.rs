@@ -1,5 +1,6 @@
 //! The questions that `pclive check` asks a host.
 
+use crate::host::has_capability;
 use crate::track::{Tier, observer::ObserveError};
 use anyhow::{Context, Result, bail, ensure};
 use pclive_sys::{
@@ -115,17 +116,9 @@ fn tracepoint() -> Result<String> {
     tier(Tier::Tracepoint)
 }
 
-/// Whether the capability with this number is in pclive's effective set.
 fn capability(number: u32) -> Result<String> {
-    let status = fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
-    ensure!(effective(&status)? >> number & 1 == 1, "not in pclive's effective set");
+    ensure!(has_capability(number)?, "not in pclive's effective set");
     Ok("effective".into())
-}
-
-/// The line `CapEff:` of `/proc/PID/status`.
-fn effective(status: &str) -> Result<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).context("no CapEff line")?;
-    u64::from_str_radix(line.trim(), 16).context("parse the CapEff line")
 }
 
 fn bpf_capabilities() -> Result<String> {
