@@ -325,6 +325,11 @@ impl MigrationReport {
         Some((end_us - self.blackout_us as i64, end_us))
     }
 
+    /// When the container was frozen, on the clock of the phases; 0 if it was not.
+    pub fn frozen_us(&self) -> u64 {
+        self.blackout_span_us().map_or(0, |(start_us, _)| start_us.max(0) as u64)
+    }
+
     /// What the blackout was spent with: the phases in it, cut to it, in the order of their begin.
     pub fn blackout_phases(&self) -> Vec<Phase> {
         let Some((start_us, end_us)) = self.blackout_span_us() else { return Vec::new() };

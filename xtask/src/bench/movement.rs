@@ -51,7 +51,7 @@ impl Movement {
             bytes_sent: report.bytes_sent,
             blackout: split(report, start_us, restore_start_us, end_us),
             restore: steps(&report.blackout_phases(), restore_start_us),
-            frozen_us: start_us.max(0) as u64,
+            frozen_us: report.frozen_us(),
             report: serde_json::to_value(report).unwrap_or_default(),
         }
     }

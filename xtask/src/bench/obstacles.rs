@@ -9,9 +9,8 @@ use serde::Deserialize;
 
 use super::matrix::{Mode, Mover, Setting, Tracker, Workload};
 use super::provenance::{Memory, memory};
+use crate::experiment::container_mib;
 
-/// What a container takes for each MiB of its data set, at each host: 1.24 at 128 MiB, less of larger ones.
-const MIB_PER_DATA_MIB: f64 = 1.25;
 /// What everything else takes, pclive's digests of 1/32 of the container among it.
 const OTHERS_MIB: u64 = 1024;
 
@@ -74,7 +73,7 @@ impl Machine {
 
 /// What a measurement takes of the machine's memory while all copies exist: both hosts are on it.
 fn memory_mib(setting: &Setting, mover: &Mover) -> u64 {
-    copy_mib(setting) + destination_mib(setting, mover) + OTHERS_MIB
+    container_mib(setting.data_mib) + destination_mib(setting, mover) + OTHERS_MIB
 }
 
 /// What of it is taken only when the container is moved.
@@ -85,11 +84,7 @@ pub fn destination_mib(setting: &Setting, mover: &Mover) -> u64 {
         // Between those of the two containers there is a third one: pages that wait to be applied, or CRIU's images.
         Mover::Pclive { .. } | Mover::Criu => 2,
     };
-    copies * copy_mib(setting)
-}
-
-fn copy_mib(setting: &Setting) -> u64 {
-    (setting.data_mib as f64 * MIB_PER_DATA_MIB) as u64
+    copies * container_mib(setting.data_mib)
 }
 
 #[cfg(test)]

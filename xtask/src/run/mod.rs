@@ -13,7 +13,8 @@ use pclive_tests::scene::Network;
 
 use crate::build::{need_root, release_programs};
 use crate::experiment::{
-    Experiment, Measurement, blackout_start_us, gap, migration_span_us, rate_before, rate_during,
+    Experiment, Measurement, blackout_start_us, container_mib, gap, migration_span_us, rate_before,
+    rate_during,
 };
 use crate::interrupt::remove_labs_on_interrupt;
 
@@ -88,7 +89,7 @@ impl Options {
         let network = if self.shared { Network::Shared(rate) } else { Network::Separate(rate) };
         // Every mode but pclive-g has pages wait at the destination, beside the container's own memory.
         let copies = if self.mode == "pclive-g" { 1 } else { 2 };
-        Experiment { load, network, options, destination_bytes: copies * data_bytes * 5 / 4 }
+        Experiment { load, network, options, destination_bytes: copies * (container_mib(self.size) << 20) }
     }
 
     fn rate_name(&self) -> String {
@@ -109,8 +110,7 @@ fn print_report(measurement: &Measurement) {
     print!("{}", timeline::draw(&migration.blackout_phases()));
     println!("\nanswers per second, each column 0.1 s (^ from start to end of the migration)");
     print!("{}", plot::draw(&load.throughput_10ms, migration_span_us(load)));
-    let frozen_us = migration.blackout_span_us().unwrap_or_default().0.max(0) as u64;
-    let blackout_us = blackout_start_us(load, frozen_us, migration.total_us);
+    let blackout_us = blackout_start_us(load, migration.frozen_us(), migration.total_us);
     let (before, during) = (rate_before(load), rate_during(load, blackout_us));
     let migrate_us = migration_span_us(load).0;
     let at = |gap: Gap| {
