@@ -100,9 +100,13 @@ impl Gate {
         }
     }
 
-    /// Lets the pages of `round` in, to be placed as far behind other work as `nice` says.
+    /// Lets the pages of `round` in, to be placed as far behind other work as `nice` says. What waits for processes that
+    /// have ended goes: another one may get the same number.
     pub fn open(&self, round: Round, nice: u8) {
+        let placements = self.placements.read().expect("no thread panics while it places pages");
         let mut state = self.lock();
+        state.backlog.retain(|batch| placements.contains_key(&batch.process));
+        state.absent.retain(|(_, pid), _| placements.contains_key(pid));
         state.open_below = Round(round.0 + 1);
         state.nice = nice;
         drop(state);
