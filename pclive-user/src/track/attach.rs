@@ -263,12 +263,8 @@ impl TrackedProcess {
             match uffd.register(range, Mode::WriteProtect) {
                 // No mapping in this range, or a new one that cannot be registered: the next round knows of it.
                 Err(e) if matches!(e.errno(), Some(Errno::EINVAL | Errno::EPERM)) => {}
-                // Also the kernel's answer where there is no address space any more (`mmget_not_zero` in fs/userfaultfd.c),
-                // which its memory tells, too.
-                Err(e) if e.errno() == Some(Errno::ENOMEM) => {
-                    if self.memory.read(range.start, &mut [0]).is_ok() {
-                        continue;
-                    }
+                // Also the kernel's answer where there is no address space any more (`mmget_not_zero` in fs/userfaultfd.c).
+                Err(e) if e.errno() == Some(Errno::ENOMEM) && self.memory.is_gone() => {
                     return Err(pclive_sys::Error::Gone(uffd.pid()).into());
                 }
                 Err(e) if e.errno() == Some(Errno::EBUSY) => {
@@ -285,10 +281,10 @@ impl TrackedProcess {
         if self.layout == layout {
             return Ok(());
         }
-        let private: Vec<Vma> = layout.iter().filter(|vma| vma.has_own_pages()).cloned().collect();
-        for new in mapped_anew(&self.layout, &private) {
+        for new in mapped_anew(&self.layout, layout) {
             // Never more than one mapping.
-            for vma in private.iter().filter(|vma| vma.range.intersection(&new).is_some()) {
+            let of = |vma: &&Vma| vma.has_own_pages() && vma.range.intersection(&new).is_some();
+            for vma in layout.iter().filter(of) {
                 self.pagemap.scan(new, populated(vma), found)?;
             }
         }

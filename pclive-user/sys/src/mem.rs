@@ -31,6 +31,11 @@ impl ProcessMemory {
         Ok(Self { pid, mem })
     }
 
+    /// Whether the address space is no more: its processes have ended, or execute other programs.
+    pub fn is_gone(&self) -> bool {
+        matches!(self.mem.read_at(&mut [0], PAGE_SIZE), Ok(0))
+    }
+
     /// Fills `buffer` with the bytes at `addr`, whatever the mapping's protection (`FOLL_FORCE`).
     pub fn read(&self, addr: VirtAddr, buffer: &mut [u8]) -> Result<()> {
         self.mem.read_exact_at(buffer, addr.0).map_err(|source| Error::Memory {
@@ -173,6 +178,20 @@ mod tests {
         }
         let lost = bytes.chunks_exact(PAGE_SIZE as usize).filter(|page| page[0] == 0).count();
         assert_eq!(lost, 0);
+    }
+
+    #[test]
+    fn an_address_space_is_gone_when_its_process_is() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let memory = ProcessMemory::open(HostPid(child.id() as i32)).unwrap();
+        assert!(!memory.is_gone());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(memory.is_gone());
+        assert_eq!(
+            memory.read_pages(&[PageRange::new(VirtAddr(PAGE_SIZE), 2)], &mut [0; 8192]).unwrap(),
+            [0, 1]
+        );
     }
 
     #[test]
