@@ -47,7 +47,7 @@ fn move_memory(arguments: &[&str]) -> Result<()> {
 
 #[test]
 fn every_byte_survives_under_full_fire() -> Result<()> {
-    move_memory(&["--mib", "48", "--threads", "3", "--seed", "11"])
+    move_memory(&["--mib", "48", "--threads", "3", "--children", "3", "--seed", "11"])
 }
 
 /// Slow enough that rounds converge, so that most pages arrive before the freeze.

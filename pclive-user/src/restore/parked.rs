@@ -2,7 +2,7 @@
 
 use super::files::OpenedFiles;
 use super::memory::Placement;
-use super::vmas::{Special, drop_pages, move_specials, remap, specials, unmap};
+use super::vmas::{drop_pages, move_specials, remap, unmap};
 use super::{descriptors, process as process_state, threads};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pclive_sys::mem::ProcessMemory;
@@ -10,6 +10,7 @@ use pclive_sys::pidfd::{pidfd_getfd, pidfd_open};
 use pclive_sys::ptrace::{Stop, Tracee};
 use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstruction};
 use pclive_sys::uffd::{self, Features, Uffd};
+use pclive_wire::layout::{is_begun_anew, special_mappings};
 use pclive_wire::manifest::{Backing, FdEntry, Process, ProcessState, SpecialMapping, Thread};
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
 use procfs::process::{MMapPath, Process as Procfs};
@@ -152,7 +153,7 @@ impl Parked {
     pub fn empty_address_space(&mut self, wanted: &Process) -> Result<Placement, ParkedError> {
         self.keep_arena_clear(wanted)?;
         let maps = own_mappings(self.leader.tid())?;
-        let moves = special_moves(&maps, &specials(&wanted.vmas))?;
+        let moves = special_moves(&maps, &special_mappings(&wanted.vmas))?;
         let arena = self.arena.range();
         let mut script = Script::new();
         for mapping in &maps {
@@ -188,7 +189,7 @@ impl Parked {
             return Ok(());
         }
         self.keep_arena_clear(wanted)?;
-        if specials(placement.vmas()) != specials(&wanted.vmas) {
+        if !placement.vmas().is_empty() && is_begun_anew(placement.vmas(), &wanted.vmas) {
             self.follow_exec(wanted, placement)?;
         }
         let mut mapped = Vec::new();
@@ -220,7 +221,7 @@ impl Parked {
             self.run(&script)?;
         }
         let maps = own_mappings(self.leader.tid())?;
-        let moves = special_moves(&maps, &specials(&wanted.vmas))?;
+        let moves = special_moves(&maps, &special_mappings(&wanted.vmas))?;
         let taken = wanted.vmas.iter().map(|vma| vma.range).chain(maps.iter().map(|mapping| mapping.range));
         let scratch = room_between(taken, moves.iter().map(|(from, _)| from.bytes()).sum())?;
         let mut script = Script::new();
@@ -400,10 +401,13 @@ fn find_syscall(pid: HostPid, maps: &[Standing]) -> Result<SyscallInstruction, P
 }
 
 /// Where each special mapping must go. Both sides must have the same ones, in the same sizes.
-fn special_moves(here: &[Standing], wanted: &[Special]) -> Result<Vec<(PageRange, VirtAddr)>, ParkedError> {
+fn special_moves(
+    here: &[Standing],
+    wanted: &[(SpecialMapping, PageRange)],
+) -> Result<Vec<(PageRange, VirtAddr)>, ParkedError> {
     let find =
         |which| here.iter().find(|mapping| mapping.special == Some(which)).map(|mapping| mapping.range);
-    let moved = |&(which, range): &Special| {
+    let moved = |&(which, range): &(SpecialMapping, PageRange)| {
         let standing = find(which).unwrap_or(PageRange::new(VirtAddr(0), 0));
         if standing.pages != range.pages {
             let (here, source_bytes) = (standing.bytes(), range.bytes());

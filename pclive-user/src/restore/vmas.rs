@@ -4,7 +4,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{SFlag, fstat};
 use pclive_sys::script::{Arg, Expect, Script};
 use pclive_wire::layout::{Step, steps};
-use pclive_wire::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
+use pclive_wire::manifest::{Backing, Vma, VmaFlags};
 use pclive_wire::{PageRange, VirtAddr};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -151,18 +151,6 @@ pub fn file_size(root: &OwnedFd, path: &[u8]) -> nix::Result<u64> {
         SFlag::S_IFREG => Ok(stat.st_size as u64),
         _ => Err(nix::Error::EINVAL),
     }
-}
-
-/// A special mapping of this process, or of the source's.
-pub type Special = (SpecialMapping, PageRange);
-
-/// The special mappings among `vmas`.
-pub fn specials(vmas: &[Vma]) -> Vec<Special> {
-    let special = |vma: &Vma| match vma.backing {
-        Backing::Special(which) => Some((which, vma.range)),
-        _ => None,
-    };
-    vmas.iter().filter_map(special).collect()
 }
 
 /// Appends the calls that move the vDSO and its data pages from where exec put them to where the source has them. They

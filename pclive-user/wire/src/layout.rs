@@ -3,7 +3,7 @@
 //! Both hosts compute this from the same two layouts: the destination to do it, the source to know which pages the
 //! destination loses on the way and must be sent again whether or not they were written since.
 
-use crate::manifest::{Backing, Vma, VmaFlags};
+use crate::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
 use crate::units::{PageRange, VirtAddr};
 
 /// One step from a layout to the next. The ranges of all steps are disjoint.
@@ -30,9 +30,8 @@ pub fn steps<'a>(from: &[Vma], to: &'a [Vma]) -> Vec<Step<'a>> {
     let mut steps = Vec::new();
     for wanted in to.iter().filter(|vma| !is_special(vma)) {
         let mut at = wanted.range.start;
-        for standing in from.iter().filter(|vma| !is_special(vma)) {
-            let Some(common) = standing.range.intersection(&wanted.range) else { continue };
-            if !same_object(standing, wanted, common.start) {
+        for (standing, common) in overlapping(from, wanted.range) {
+            if is_special(standing) || !same_object(standing, wanted, common.start) {
                 continue;
             }
             if at < common.start {
@@ -51,13 +50,29 @@ pub fn steps<'a>(from: &[Vma], to: &'a [Vma]) -> Vec<Step<'a>> {
     steps
 }
 
+/// Whether layout `to` is not made from layout `from` but begun anew, with nothing kept: the kernel's special mappings are
+/// elsewhere, as they are when the process has executed another program, which may have mapped the same at the same place.
+pub fn is_begun_anew(from: &[Vma], to: &[Vma]) -> bool {
+    special_mappings(from) != special_mappings(to)
+}
+
 /// The ranges of `to` that the destination maps anew when it comes from `from`: whatever is populated there must be sent.
 pub fn mapped_anew(from: &[Vma], to: &[Vma]) -> Vec<PageRange> {
-    let new = steps(from, to).into_iter().filter_map(|step| match step {
+    let kept = if is_begun_anew(from, to) { &[] } else { from };
+    let new = steps(kept, to).into_iter().filter_map(|step| match step {
         Step::Map(range, _) => Some(range),
         Step::Unmap(_) | Step::Change { .. } => None,
     });
     new.collect()
+}
+
+/// The special mappings among `vmas`.
+pub fn special_mappings(vmas: &[Vma]) -> Vec<(SpecialMapping, PageRange)> {
+    let special = |vma: &Vma| match vma.backing {
+        Backing::Special(which) => Some((which, vma.range)),
+        _ => None,
+    };
+    vmas.iter().filter_map(special).collect()
 }
 
 fn is_special(vma: &Vma) -> bool {
@@ -69,19 +84,23 @@ fn uncovered(from: &[Vma], to: &[Vma]) -> Vec<PageRange> {
     let mut gaps = Vec::new();
     for standing in from.iter().filter(|vma| !is_special(vma)) {
         let mut at = standing.range.start;
-        for wanted in to {
-            if let Some(common) = standing.range.intersection(&wanted.range) {
-                if at < common.start {
-                    gaps.push(PageRange::between(at, common.start));
-                }
-                at = common.end();
+        for (_, common) in overlapping(to, standing.range) {
+            if at < common.start {
+                gaps.push(PageRange::between(at, common.start));
             }
+            at = common.end();
         }
         if at < standing.range.end() {
             gaps.push(PageRange::between(at, standing.range.end()));
         }
     }
     gaps
+}
+
+/// The VMAs of a layout that overlap with `range`, and where.
+fn overlapping(layout: &[Vma], range: PageRange) -> impl Iterator<Item = (&Vma, PageRange)> {
+    let first = layout.partition_point(|vma| vma.range.end() <= range.start);
+    layout[first..].iter().map_while(move |vma| Some((vma, vma.range.intersection(&range)?)))
 }
 
 /// Whether both VMAs show the same memory at `addr`, so that pages placed for one are right for the other.
@@ -114,6 +133,8 @@ mod tests {
         Vma { range: PageRange::new(VirtAddr(start << 12), pages), prot, flags: VmaFlags::default(), backing }
     }
 
+    const SPECIAL: Backing = Backing::Special(SpecialMapping::Vdso);
+
     fn file(offset: u64) -> Backing {
         Backing::File { path: b"/lib".to_vec(), offset: offset << 12, shared: false, size: 0 }
     }
@@ -124,6 +145,13 @@ mod tests {
         let to = [vma(1, 9, 3, Backing::Anonymous)];
         assert_eq!(mapped_anew(&from, &to), [PageRange::new(VirtAddr(5 << 12), 5)]);
         assert_eq!(steps(&to, &from), [Step::Unmap(PageRange::new(VirtAddr(5 << 12), 5))]);
+    }
+
+    #[test]
+    fn an_executed_program_has_nothing_of_the_one_before() {
+        let program = |vdso| [vma(1, 4, 3, Backing::Anonymous), vma(vdso, 2, 5, SPECIAL)];
+        assert_eq!(mapped_anew(&program(8), &program(8)), []);
+        assert_eq!(mapped_anew(&program(8), &program(9)), [PageRange::new(VirtAddr(1 << 12), 4)]);
     }
 
     #[test]

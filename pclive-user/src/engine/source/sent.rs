@@ -80,6 +80,7 @@ impl AddressSpace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pclive_wire::manifest::{Backing, MmBounds, SpecialMapping, VmaFlags};
     use pclive_wire::{PAGE_SIZE, VirtAddr};
 
     const PID: NsPid = NsPid(7);
@@ -106,6 +107,33 @@ mod tests {
 
         sent.reconciled(&[]);
         assert!(sent.pages(PID).is_empty(), "the destination ends what it is not told of");
+    }
+
+    #[test]
+    fn a_program_executed_in_the_place_of_another_is_sent_whole() {
+        let vma = |range, backing| Vma { range, prot: 3, flags: VmaFlags::default(), backing };
+        let mut sent = Sent::nothing(true).unwrap();
+        let mut send = |vdso| {
+            let special = Backing::Special(SpecialMapping::Vdso);
+            let vmas = vec![vma(range(10, 4), Backing::Anonymous), vma(range(vdso, 2), special)];
+            let (ppid, exe, mm, threads) = (NsPid(0), Vec::new(), MmBounds::default(), Vec::new());
+            sent.reconciled(&[Process {
+                pid: PID,
+                ppid,
+                pgid: PID,
+                sid: PID,
+                exe,
+                mm,
+                vmas,
+                threads,
+                state: None,
+            }]);
+            let digests = sent.of(PID).unwrap().sending(&[range(10, 1)]).unwrap();
+            digests.update(VirtAddr(10 * PAGE_SIZE), &[7; PAGE_SIZE as usize])
+        };
+        assert!(send(30).is_some());
+        assert!(send(30).is_none());
+        assert!(send(31).is_some());
     }
 
     #[test]
