@@ -46,7 +46,10 @@ impl Scene {
         let mut lab = Lab::with_programs(programs, None)?;
         let container = lab.add_container(
             "service",
-            &Payload { processors: processors.numbers().to_vec(), ..payload(load) },
+            &Payload {
+                processors: [processors.numbers(), processors.numbers()].map(<[_]>::to_vec),
+                ..payload(load)
+            },
         )?;
         lab.source().start(&container.name)?;
         let server = SocketAddr::from((container.address, load.service.port()));

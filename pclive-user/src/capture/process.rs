@@ -3,6 +3,7 @@
 use super::SourceProcess;
 use super::threads::{StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
+use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::script::{Arg, Borrowed, CallRef, DataRef, Outcome, Script, SyscallInstruction};
 use pclive_wire::manifest::{
@@ -164,8 +165,12 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
 }
 
 /// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
-/// the process, also on failure.
-pub fn capture_stopped(mut layout: Process, stopped: &StoppedProcess) -> Result<Process, ProcessError> {
+/// the process, also on failure. `processors` are those that the container may use.
+pub fn capture_stopped(
+    mut layout: Process,
+    stopped: &StoppedProcess,
+    processors: &CpuSet,
+) -> Result<Process, ProcessError> {
     let pid = stopped.pid;
     let (memory, syscall) = prepare_injection(pid, &layout.vmas)?;
     let leader = &stopped.leader().tracee;
@@ -174,7 +179,7 @@ pub fn capture_stopped(mut layout: Process, stopped: &StoppedProcess) -> Result<
         let timers = PosixTimers::list(pid)?;
         let questions = Questions::new(&timers);
         let answers = Borrowed::lend(leader, syscall, |borrowed| borrowed.run(&arena, &questions.script))?;
-        let threads = capture_threads(stopped, &memory, syscall, &arena)?;
+        let threads = capture_threads(stopped, &memory, syscall, &arena, processors)?;
         Ok((timers, questions, answers, threads))
     };
     let asked = ask();

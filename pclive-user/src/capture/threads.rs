@@ -2,6 +2,7 @@
 
 use super::SourceProcess;
 use super::tree::{TreeError, read_threads};
+use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::ptrace::{CODE_BEFORE, Seize, Tracee, restartable};
 use pclive_sys::script::{Arena, Borrowed, Outcome, Script, SyscallInstruction};
@@ -116,18 +117,19 @@ pub fn kill_all(stopped: Vec<StoppedProcess>) {
     pclive_sys::ptrace::kill_all(tracees.collect());
 }
 
-/// Reads every thread of a stopped process. `arena` belongs to the process.
+/// Reads every thread of a stopped process. `arena` belongs to the process, `processors` are the container's.
 pub fn capture_threads(
     process: &StoppedProcess,
     memory: &ProcessMemory,
     syscall: SyscallInstruction,
     arena: &Arena,
+    processors: &CpuSet,
 ) -> Result<Vec<Thread>, ThreadError> {
     process
         .threads
         .iter()
         .map(|thread| {
-            let state = capture_thread(process.pid, thread, memory, syscall, arena)?;
+            let state = capture_thread(process.pid, thread, memory, syscall, arena, processors)?;
             Ok(Thread { tid: thread.ns_tid, state: Some(Box::new(state)) })
         })
         .collect()
@@ -139,6 +141,7 @@ fn capture_thread(
     memory: &ProcessMemory,
     syscall: SyscallInstruction,
     arena: &Arena,
+    processors: &CpuSet,
 ) -> Result<ThreadState, ThreadError> {
     let tracee = &thread.tracee;
     let tid = tracee.tid();
@@ -166,7 +169,7 @@ fn capture_thread(
         parent_death_signal: questions.parent_death_signal(&answers),
         timer_slack_ns: questions.timer_slack(&answers),
         credentials: credentials(&status, questions.securebits(&answers)),
-        scheduling: scheduling(tid).map_err(call_error("sched_getattr"))?,
+        scheduling: scheduling(tid, processors).map_err(call_error("sched_getattr"))?,
     })
 }
 

@@ -6,6 +6,8 @@
 //! "The autogroup feature", and the cgroup controller `cpu`).
 
 use crate::host::has_capability;
+use nix::sched::sched_getaffinity;
+use nix::unistd::Pid;
 use pclive_sys::thread::{scheduling, set_scheduling};
 use pclive_wire::HostPid;
 use pclive_wire::manifest::Scheduling;
@@ -30,7 +32,8 @@ impl Background {
         if nice == 0 || !has_capability(CAP_SYS_NICE).unwrap_or(false) {
             return None;
         }
-        let usual = scheduling(SELF).ok()?;
+        let processors = sched_getaffinity(Pid::from_raw(SELF.0)).ok()?;
+        let usual = scheduling(SELF, &processors).ok()?;
         let behind = Scheduling { nice: usual.nice.saturating_add(nice.into()).min(19), ..usual.clone() };
         set_scheduling(SELF, &behind).ok()?;
         Some(Self { usual, thread: PhantomData })
@@ -50,10 +53,11 @@ impl Drop for Background {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sched::CpuSet;
 
     #[test]
     fn a_thread_has_its_own_priority_back_afterwards() {
-        let nice = || scheduling(SELF).unwrap().nice;
+        let nice = || scheduling(SELF, &CpuSet::new()).unwrap().nice;
         let usual = nice();
         let background = Background::enter(7).expect("tests run as root");
         assert_eq!(nice(), usual + 7);

@@ -70,6 +70,9 @@ pub enum CgroupError {
         /// How long was waited.
         limit: Duration,
     },
+    /// The processors of this thread cannot be told.
+    #[error("sched_getaffinity")]
+    Affinity(#[source] Errno),
     /// The cgroup changes faster than it can be listed.
     #[error("{} is nested deeper than 64 levels", .0.display())]
     TooDeep(PathBuf),
@@ -89,7 +92,7 @@ impl Cgroup {
         let membership = read(&PathBuf::from(format!("/proc/{pid}/cgroup")))?;
         let mounts = read(Path::new("/proc/self/mountinfo"))?;
         let cgroup = parse_membership(&membership).ok_or(CgroupError::NotMounted)?;
-        let mounts = parse_mounts(&mounts);
+        let mounts = parse_mounts(&mounts, |kind| kind.starts_with("cgroup2 "));
         if mounts.is_empty() {
             return Err(CgroupError::NotMounted);
         }
@@ -222,9 +225,9 @@ fn is_gone_or_threaded(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP))
 }
 
-/// A mounted part of the cgroup2 hierarchy.
+/// A mounted part of a cgroup hierarchy.
 #[derive(Debug, PartialEq, Eq)]
-struct Mount<'a> {
+pub(super) struct Mount<'a> {
     /// Which cgroup is visible at the mount point, as this process's cgroup namespace names it.
     root: &'a str,
     point: PathBuf,
@@ -232,7 +235,7 @@ struct Mount<'a> {
 
 impl Mount<'_> {
     /// Where `cgroup` is visible.
-    fn path_of(&self, cgroup: &str) -> Option<PathBuf> {
+    pub(super) fn path_of(&self, cgroup: &str) -> Option<PathBuf> {
         let below = match self.root {
             "/" => cgroup,
             root => cgroup.strip_prefix(root).filter(|rest| rest.is_empty() || rest.starts_with('/'))?,
@@ -248,13 +251,13 @@ fn parse_membership(text: &str) -> Option<&str> {
     text.lines().find_map(|line| line.strip_prefix("0::")).filter(|path| !path.ends_with(" (deleted)"))
 }
 
-/// The cgroup2 mounts in `/proc/self/mountinfo` (`proc_pid_mountinfo(5)`).
-fn parse_mounts(text: &str) -> Vec<Mount<'_>> {
+/// The mounts in `/proc/self/mountinfo` (`proc_pid_mountinfo(5)`) whose type, source and options are `wanted`.
+pub(super) fn parse_mounts(text: &str, wanted: impl Fn(&str) -> bool) -> Vec<Mount<'_>> {
     let parse = |line| -> Option<Mount<'_>> {
         let (fields, rest) = str::split_once(line, " - ")?;
         let mut fields = fields.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        rest.starts_with("cgroup2 ").then(|| Mount { root, point: unescape(point).into() })
+        wanted(rest).then(|| Mount { root, point: unescape(point).into() })
     };
     text.lines().filter_map(parse).collect()
 }
@@ -266,7 +269,7 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |text, (escape, character)| text.replace(escape, character))
 }
 
-fn read(path: &Path) -> Result<String, CgroupError> {
+pub(super) fn read(path: &Path) -> Result<String, CgroupError> {
     std::fs::read_to_string(path).map_err(file_error("read", path))
 }
 
@@ -280,6 +283,7 @@ mod tests {
     use super::*;
     use std::process::{Child, Command};
 
+    const V2: fn(&str) -> bool = |kind| kind.starts_with("cgroup2 ");
     const LIMIT: Duration = Duration::from_secs(2);
 
     /// A cgroup with processes in it and in one below it; removed at the end.
@@ -291,7 +295,8 @@ mod tests {
     impl Lab {
         fn new(name: &str) -> Self {
             let mounts = read(Path::new("/proc/self/mountinfo")).unwrap();
-            let path = parse_mounts(&mounts)[0].point.join(format!("runtime-{name}-{}", std::process::id()));
+            let path =
+                parse_mounts(&mounts, V2)[0].point.join(format!("runtime-{name}-{}", std::process::id()));
             std::fs::create_dir_all(path.join("below")).unwrap();
             let children = ["", "", "below"].map(|place| {
                 let child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
@@ -375,14 +380,14 @@ mod tests {
         let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
             32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
             41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        let mounts = parse_mounts(hybrid);
+        let mounts = parse_mounts(hybrid, V2);
         assert_eq!(mounts, [Mount { root: "/", point: "/sys/fs/cgroup/unified".into() }]);
         assert_eq!(mounts[0].path_of("/a/b").unwrap(), Path::new("/sys/fs/cgroup/unified/a/b"));
         assert_eq!(mounts[0].path_of("/../b"), None);
         let part = Mount { root: "/a", point: "/m n".into() };
         assert_eq!(part.path_of("/a/b").unwrap(), Path::new("/m n/b"));
         assert_eq!(part.path_of("/ab"), None);
-        assert_eq!(parse_mounts("41 31 0:38 /a /m\\040n rw - cgroup2 cgroup2 rw\n"), [part]);
+        assert_eq!(parse_mounts("41 31 0:38 /a /m\\040n rw - cgroup2 cgroup2 rw\n", V2), [part]);
         assert_eq!(parse_membership("9:name=systemd:/x\n0::/redis\n"), Some("/redis"));
         assert_eq!(parse_membership("9:name=systemd:/x\n"), None);
         assert_eq!(parse_membership("0::/redis (deleted)\n"), None);

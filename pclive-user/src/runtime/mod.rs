@@ -7,6 +7,7 @@
 pub mod bundle;
 pub mod cgroup;
 mod command;
+pub mod cpuset;
 pub mod links;
 mod oci;
 mod runc;

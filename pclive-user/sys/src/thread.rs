@@ -16,8 +16,8 @@ pub fn robust_list(tid: HostPid) -> nix::Result<(VirtAddr, u64)> {
 }
 
 /// Policy, priority and nice value of a thread (`sched_getattr(2)`, Linux 3.14), and the CPUs that it is bound to: those
-/// of `sched_getaffinity(2)`, unless they are the same as pclive's own.
-pub fn scheduling(tid: HostPid) -> nix::Result<Scheduling> {
+/// of `sched_getaffinity(2)`, unless they are `all` that it may have.
+pub fn scheduling(tid: HostPid, all: &CpuSet) -> nix::Result<Scheduling> {
     let mut attributes = sched_attr();
     let size = attributes.size;
     // SAFETY: `attributes` is `size` bytes large.
@@ -27,13 +27,13 @@ pub fn scheduling(tid: HostPid) -> nix::Result<Scheduling> {
         policy: attributes.sched_policy as i32,
         priority: attributes.sched_priority as i32,
         nice: attributes.sched_nice,
-        cpus: bound_to(tid)?,
+        cpus: bound_to(tid, all)?,
     })
 }
 
-fn bound_to(tid: HostPid) -> nix::Result<Vec<u16>> {
+fn bound_to(tid: HostPid, all: &CpuSet) -> nix::Result<Vec<u16>> {
     let cpus = sched_getaffinity(Pid::from_raw(tid.0))?;
-    if cpus == sched_getaffinity(Pid::from_raw(0))? {
+    if cpus == *all {
         return Ok(Vec::new());
     }
     Ok((0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu) == Ok(true)).map(|cpu| cpu as u16).collect())
@@ -87,7 +87,8 @@ mod tests {
                 let tid = HostPid(unsafe { libc::gettid() });
                 let wanted = Scheduling { policy, priority: 0, nice: 5, cpus: Vec::new() };
                 set_scheduling(tid, &wanted).unwrap();
-                assert_eq!(scheduling(tid).unwrap(), wanted);
+                let all = sched_getaffinity(Pid::from_raw(0)).unwrap();
+                assert_eq!(scheduling(tid, &all).unwrap(), wanted);
             };
             std::thread::spawn(set).join().unwrap();
         }

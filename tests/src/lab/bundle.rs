@@ -50,8 +50,8 @@ pub struct Payload {
     pub env: Vec<String>,
     /// User and group the process starts with. Only root gets capabilities.
     pub user: (u32, u32),
-    /// The processors that it may use; none in particular if empty.
-    pub processors: Vec<usize>,
+    /// The processors that it may use at the source and at the destination; none in particular if empty.
+    pub processors: [Vec<usize>; 2],
 }
 
 impl Payload {
@@ -64,7 +64,7 @@ impl Payload {
             programs: vec![path],
             env: Vec::new(),
             user: (0, 0),
-            processors: Vec::new(),
+            processors: Default::default(),
         }
     }
 
@@ -86,6 +86,7 @@ pub(super) struct Placement<'a> {
     pub name: &'a str,
     pub netns: PathBuf,
     pub cgroup: String,
+    pub processors: &'a [usize],
 }
 
 /// Makes the bundle in the new directory `bundle`.
@@ -167,8 +168,8 @@ fn configure(config: &mut Value, payload: &Payload, placement: &Placement) {
     config["hostname"] = json!(placement.name);
     let linux = &mut config["linux"];
     linux["cgroupsPath"] = json!(placement.cgroup);
-    if !payload.processors.is_empty() {
-        let numbers: Vec<String> = payload.processors.iter().map(ToString::to_string).collect();
+    if !placement.processors.is_empty() {
+        let numbers: Vec<String> = placement.processors.iter().map(ToString::to_string).collect();
         linux["resources"]["cpu"] = json!({ "cpus": numbers.join(",") });
     }
     for namespace in linux["namespaces"].as_array_mut().expect("runc spec lists namespaces") {

@@ -186,11 +186,15 @@ impl Lab {
         let number = FIRST_CONTAINER + self.containers;
         let address = net::address(number);
         self.containers += 1;
-        for host in [&self.source, &self.destination] {
+        for (host, processors) in [&self.source, &self.destination].into_iter().zip(&payload.processors) {
             let netns = Netns::create(host::container_netns_name(host.netns(), name))?;
             net::attach_container(host.netns(), &netns, number, address)?;
-            let placement =
-                bundle::Placement { name, netns: netns.path(), cgroup: self.cgroup_path(host, name) };
+            let placement = bundle::Placement {
+                name,
+                netns: netns.path(),
+                cgroup: self.cgroup_path(host, name),
+                processors,
+            };
             let bundle = host.bundles().join(name);
             fs::create_dir(&bundle).with_context(|| format!("create {}", bundle.display()))?;
             bundle::make(&bundle, payload, &placement)?;

@@ -75,7 +75,21 @@ impl Contained {
     /// # Errors
     /// When it does not start; what it wrote is in the message.
     pub fn start(lab: &mut Lab, name: &str, arguments: &[&str]) -> Result<Self> {
-        let payload = Payload::program(lab.programs().path("pclive-workload")?, arguments);
+        Self::start_on(lab, name, arguments, Default::default())
+    }
+
+    /// The same, bound to these [processors](Payload::processors) at either host.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_on(
+        lab: &mut Lab,
+        name: &str,
+        arguments: &[&str],
+        processors: [Vec<usize>; 2],
+    ) -> Result<Self> {
+        let program = lab.programs().path("pclive-workload")?;
+        let payload = Payload { processors, ..Payload::program(program, arguments) };
         let container = lab.add_container(name, &payload)?;
         lab.source().start(name)?;
         let address = SocketAddr::from((container.address, PORT));

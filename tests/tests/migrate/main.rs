@@ -3,4 +3,5 @@
 mod failures;
 mod memcached;
 mod moved;
+mod processors;
 mod redis;

@@ -209,7 +209,7 @@ fn capture(
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
     let capture = |(layout, stopped): (Process, &StoppedProcess)| {
-        capture_stopped(layout, stopped)
+        capture_stopped(layout, stopped, container.processors())
             .map_err(|source| ContainerError::Process { pid: stopped.pid, source })
     };
     clock.enter("capture processes");
