@@ -396,10 +396,11 @@ fn decode_registers(raw: &[u8; size_of::<Registers>()]) -> Registers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
 
-    /// Has a thread stop a process that sleeps, and end as a killed pclive would; `prepare` comes before. Returns in which
-    /// state (proc_pid_stat(5)) the kernel leaves the process.
-    fn after_the_tracers_death(purpose: Seize, prepare: fn(&Tracee)) -> char {
+    /// Has a thread stop a process that sleeps, and end as a killed pclive would; `prepare` comes before. Returns the state
+    /// (proc_pid_stat(5)) that the process comes to: `expected`, or what it is after a while.
+    fn after_the_tracers_death(purpose: Seize, prepare: fn(&Tracee), expected: char) -> char {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = HostPid(child.id() as i32);
         let state = || {
@@ -413,10 +414,14 @@ mod tests {
             prepare(&tracee);
         };
         std::thread::spawn(trace).join().unwrap();
-        while matches!(state(), 't' | 'R') {
+        let end = Instant::now() + Duration::from_secs(5);
+        let state = loop {
+            let state = state();
+            if state == expected || Instant::now() > end {
+                break state;
+            }
             std::thread::yield_now();
-        }
-        let state = state();
+        };
         child.kill().unwrap();
         child.wait().unwrap();
         state
@@ -426,7 +431,7 @@ mod tests {
 
     #[test]
     fn a_process_at_the_source_runs_on_when_its_tracer_dies() {
-        assert_eq!(after_the_tracers_death(Seize::Source, nothing), 'S');
+        assert_eq!(after_the_tracers_death(Seize::Source, nothing, 'S'), 'S');
         let stop = |tracee: &Tracee| {
             // SAFETY: kill takes two integers.
             unsafe { libc::kill(tracee.tid().0, libc::SIGSTOP) };
@@ -435,14 +440,14 @@ mod tests {
             tracee.resume(libc::SIGSTOP).unwrap();
             assert_eq!(tracee.wait().unwrap(), Stop::Trap);
         };
-        assert_eq!(after_the_tracers_death(Seize::Source, stop), 'T', "it was stopped before");
+        assert_eq!(after_the_tracers_death(Seize::Source, stop, 'T'), 'T', "it was stopped before");
     }
 
     #[test]
     fn a_process_of_a_skeleton_dies_with_its_tracer_until_it_may_outlive_it() {
-        assert_eq!(after_the_tracers_death(Seize::Skeleton, nothing), 'Z');
+        assert_eq!(after_the_tracers_death(Seize::Skeleton, nothing, 'Z'), 'Z');
         let outlive = |tracee: &Tracee| tracee.outlive_tracer().unwrap();
-        assert_eq!(after_the_tracers_death(Seize::Skeleton, outlive), 'S');
+        assert_eq!(after_the_tracers_death(Seize::Skeleton, outlive, 'S'), 'S');
     }
 
     #[test]

@@ -291,11 +291,19 @@ mod tests {
         let own = std::process::id();
         let children: String = std::fs::read_dir(format!("/proc/{own}/task"))
             .unwrap()
-            .map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).unwrap())
+            // Threads and children of other tests come and go.
+            .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).ok())
             .collect();
-        let named =
-            |child: &&str| std::fs::read_to_string(format!("/proc/{child}/comm")).unwrap() == "pclive-will\n";
-        let executor = children.split_whitespace().find(named).expect("it is a child of this process");
+        let pipe = std::fs::read_link(format!("/proc/{own}/fd/{}", kept.as_raw_fd())).unwrap();
+        let has_it = |child: &str| {
+            let mut fds = std::fs::read_dir(format!("/proc/{child}/fd")).into_iter().flatten().flatten();
+            fds.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|file| file == pipe))
+        };
+        let is_executor = |child: &&str| {
+            let comm = std::fs::read_to_string(format!("/proc/{child}/comm"));
+            comm.is_ok_and(|comm| comm == "pclive-will\n") && has_it(child)
+        };
+        let executor = children.split_whitespace().find(is_executor).expect("it is a child of this process");
         let status = std::fs::read_to_string(format!("/proc/{executor}/status")).unwrap();
         let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).unwrap();
         let blocked = u64::from_str_radix(blocked, 16).unwrap();
