@@ -236,19 +236,28 @@ fn preflight(options: &Options, runtime: &dyn Runtime) -> Result<Container, Migr
         (status, _) => return Err(MigrateError::NotRunning(state.id, status)),
     };
     let mut container = Container::open(init)?;
-    for _ in 0..SURVEYS {
-        if survey_all(&container).is_ok_and(|obstacles| obstacles.is_empty()) {
-            return Ok(container);
+    let mut lasting: Option<Vec<Obstacle>> = None;
+    for surveys_left in (0..SURVEYS).rev() {
+        match survey_all(&container) {
+            Ok(mut found) => {
+                found.retain(|obstacle| lasting.as_ref().is_none_or(|before| before.contains(obstacle)));
+                if found.is_empty() {
+                    return Ok(container);
+                }
+                lasting = Some(found);
+            }
+            Err(error) if surveys_left == 0 => return Err(error),
+            Err(_) => {}
         }
         std::thread::sleep(BETWEEN_SURVEYS);
         container.refresh()?;
     }
-    let obstacles = survey_all(&container)?;
-    if obstacles.is_empty() { Ok(container) } else { Err(MigrateError::Obstacles(obstacles)) }
+    Err(MigrateError::Obstacles(lasting.unwrap_or_default()))
 }
 
-/// How often a container with obstacles is looked at again: processes come and go while it is surveyed, one that ends
-/// cannot be read, and one that is missing looks like somebody outside to those it shares a pipe or a socket with.
+/// How often a container with obstacles is looked at again, for those that are always there: processes come and go while it
+/// is surveyed, one that ends cannot be read, and one that is missing looks like somebody outside to those it shares a pipe
+/// or a socket with. What is overlooked here the freeze finds.
 const SURVEYS: u32 = 25;
 const BETWEEN_SURVEYS: Duration = Duration::from_millis(20);
 
