@@ -294,8 +294,6 @@ impl Parked {
         for thread in &process.threads {
             let tracee = self.thread(thread.tid)?;
             let wanted = thread.state.as_ref().ok_or(ParkedError::Incomplete(thread.tid))?;
-            pclive_sys::thread::set_scheduling(tracee.tid(), &wanted.scheduling)
-                .map_err(call("sched_setattr"))?;
             let script = threads::state_script(thread.tid, process.pid, wanted, state.dumpable);
             Borrowed::new(tracee, self.syscall)?.run(&self.arena, &script)?;
         }
@@ -303,7 +301,11 @@ impl Parked {
         Borrowed::new(&self.leader, self.syscall)?.unmap(arena)?;
         for thread in &process.threads {
             let wanted = thread.state.as_ref().ok_or(ParkedError::Incomplete(thread.tid))?;
-            threads::set_registers(self.thread(thread.tid)?, wanted)?;
+            let tracee = self.thread(thread.tid)?;
+            threads::set_registers(tracee, wanted)?;
+            // Last: what a thread of low priority does for pclive takes long on a busy machine.
+            pclive_sys::thread::set_scheduling(tracee.tid(), &wanted.scheduling)
+                .map_err(call("sched_setattr"))?;
         }
         Ok(())
     }
