@@ -129,6 +129,16 @@ impl Contained {
         }
     }
 
+    /// Replaces the connection that stays open.
+    ///
+    /// # Errors
+    /// When there is no new one.
+    pub fn reconnect(&mut self, lab: &Lab) -> Result<()> {
+        let address = SocketAddr::from((self.container.address, PORT));
+        self.client = lab.client().enter(|| Client::connect(address))??;
+        Ok(())
+    }
+
     /// Lets it check itself, over the old connection and a new one, and returns its counters. It must be the program
     /// that was started, and nobody else may have asked it: a copy that runs elsewhere would count less.
     ///
@@ -139,8 +149,9 @@ impl Contained {
         let mut second = lab.client().enter(|| Client::connect(address))??;
         let mut counters = String::new();
         for client in [&mut self.client, &mut second] {
+            let answer = client.ask("check", PATIENCE)?;
             self.checks += 1;
-            counters = match client.ask("check", PATIENCE)? {
+            counters = match answer {
                 Answer::Ok(counters) => counters,
                 Answer::Differs(list) => bail!("check {} differs:\n  {}", self.checks, list.join("\n  ")),
             };
