@@ -91,6 +91,9 @@ pub struct Dirty {
 /// where huge pages do.
 const WINDOW: u64 = 8 << 20;
 
+/// Where mappings may begin on any host, whatever its `mmap_min_addr`.
+const LOWEST: VirtAddr = VirtAddr(64 << 10);
+
 /// The part of `range` up to the end of the window that its first page is in.
 fn first_window(range: PageRange) -> PageRange {
     let end = VirtAddr((range.start.0 / WINDOW + 1) * WINDOW);
@@ -335,7 +338,8 @@ fn take_userfaultfd(
 /// The ranges between the mappings that cannot be registered: from the lowest address to the highest.
 fn registrable(layout: &[Vma]) -> Vec<PageRange> {
     let mut ranges = Vec::new();
-    let mut start = VirtAddr(PAGE_SIZE);
+    // Not lower than needed: below `mmap_min_addr` older kernels register nothing (`EINVAL`).
+    let mut start = layout.first().map_or(LOWEST, |vma| vma.range.start.min(LOWEST));
     for barrier in layout.iter().filter(|vma| !vma.has_own_pages()) {
         ranges.push(PageRange::between(start, barrier.range.start));
         start = barrier.range.end();
