@@ -103,6 +103,8 @@ impl ProcessMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
+    use std::process::Stdio;
 
     fn me() -> HostPid {
         HostPid(std::process::id() as i32)
@@ -157,16 +159,17 @@ mod tests {
                 calls();
                 libc::_exit(0);
             }
+            assert!(child > 0, "fork");
             child
         };
         let sharing = in_child(&|| {
-            // SAFETY: takes nothing.
+            // SAFETY: pause has no preconditions.
             unsafe { libc::pause() };
         });
         let range = PageRange::new(VirtAddr(bytes.as_ptr() as u64), PAGES as u64);
-        assert_eq!(memory.read_pages(&[range], &mut vec![0; len]).unwrap(), []);
-        // SAFETY: ends a child of ours, waits for children of ours, and gives advice on memory of ours (to that process
-        // for which it is not the last word) that is not touched meanwhile.
+        let missing = memory.read_pages(&[range], &mut vec![0; len]);
+        // SAFETY: ends a child of ours, waits for children of ours, and gives advice on memory of ours that is not touched
+        // meanwhile. Only the child drops its contents, and its own ones.
         unsafe {
             libc::kill(sharing, libc::SIGKILL);
             libc::waitpid(sharing, std::ptr::null_mut(), 0);
@@ -176,13 +179,18 @@ mod tests {
             libc::waitpid(giving_back, std::ptr::null_mut(), 0);
             assert_eq!(libc::madvise(start, len, libc::MADV_PAGEOUT), 0);
         }
+        assert_eq!(missing.unwrap(), []);
         let lost = bytes.chunks_exact(PAGE_SIZE as usize).filter(|page| page[0] == 0).count();
         assert_eq!(lost, 0);
     }
 
     #[test]
     fn an_address_space_is_gone_when_its_process_is() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut cat = std::process::Command::new("cat");
+        let mut child = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // Before it answers it may still be in the memory of this process.
+        child.stdin.as_ref().unwrap().write_all(b"x").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let memory = ProcessMemory::open(HostPid(child.id() as i32)).unwrap();
         assert!(!memory.is_gone());
         child.kill().unwrap();

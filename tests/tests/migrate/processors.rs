@@ -24,6 +24,10 @@ fn it_has_those_of_the_destination_and_follows_when_they_change() -> Result<()> 
     let own = sched_getaffinity(Pid::from_raw(0))?;
     let numbers: Vec<usize> = (0..CpuSet::count()).filter(|&number| own.is_set(number) == Ok(true)).collect();
     let (first, last) = (numbers[0], *numbers.last().context("this thread runs somewhere")?);
+    if first == last {
+        println!("skipped: this machine has one processor");
+        return Ok(());
+    }
     let only = |number| {
         let mut set = CpuSet::new();
         set.set(number).map(|()| set)
@@ -31,7 +35,8 @@ fn it_has_those_of_the_destination_and_follows_when_they_change() -> Result<()> 
     let mut lab = Lab::new(None)?;
     let arguments = ["memory", "--mib", "4", "--threads", "2", "--rate", "200"];
     let mut bound = Contained::start_on(&mut lab, NAME, &arguments, [vec![first], vec![last]])?;
-    assert!(allowed(lab.source())?.iter().all(|set| only(first).as_ref() == Ok(set)));
+    let threads = allowed(lab.source())?;
+    assert!(threads.len() > 2 && threads.iter().all(|set| only(first).as_ref() == Ok(set)), "{threads:?}");
     let serve = Serve::start(&lab, lab.destination())?;
     bound.migrate(&lab, lab.source(), &serve, &[])?;
     bound.check(&lab)?;

@@ -21,7 +21,7 @@ const SLACK: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 struct Countdown {
     rest: Duration,
-    /// When that was looked up, at the earliest.
+    /// When it was that, at the earliest.
     at: Duration,
 }
 
@@ -73,6 +73,8 @@ impl Timers {
         let ticking = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK)?;
         ticking.set(Expiration::Interval(INTERVAL.into()), TimerSetTimeFlags::empty())?;
         let far = TimerFd::new(ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC)?;
+        let countdown = || Countdown { rest: FAR, at: monotonic() };
+        let far_countdown = countdown();
         far.set(Expiration::OneShot(FAR.into()), TimerSetTimeFlags::empty())?;
         let signal_timer = create_timer(libc::CLOCK_MONOTONIC, libc::SIGEV_SIGNAL, TIMER)?;
         let gap = create_timer(libc::CLOCK_REALTIME, libc::SIGEV_NONE, 0)?;
@@ -82,17 +84,17 @@ impl Timers {
         unsafe { libc::syscall(libc::SYS_timer_delete, gap) };
         set_timer(signal_timer, INTERVAL, INTERVAL)?;
         set_timer(thread_timer, INTERVAL, INTERVAL)?;
+        let far_timer_countdown = countdown();
         set_timer(far_timer, FAR, Duration::ZERO)?;
-        let countdown = || Countdown { rest: FAR, at: monotonic() };
         Ok(Timers {
             ticking: ticking.as_fd().try_clone_to_owned()?.into(),
             ticks: 0,
             far,
-            far_countdown: countdown(),
+            far_countdown,
             signal_timer,
             thread_timer,
             far_timer,
-            far_timer_countdown: countdown(),
+            far_timer_countdown,
             clock: monotonic(),
         })
     }
