@@ -165,11 +165,12 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
 }
 
 /// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
-/// the process, also on failure. `processors` are those that the container may use.
+/// the process, also on failure. `unbound` is what the kernel says of the processors of threads that
+/// are bound to none.
 pub fn capture_stopped(
     mut layout: Process,
     stopped: &StoppedProcess,
-    processors: &CpuSet,
+    unbound: &[CpuSet],
 ) -> Result<Process, ProcessError> {
     let pid = stopped.pid;
     let (memory, syscall) = prepare_injection(pid, &layout.vmas)?;
@@ -179,7 +180,7 @@ pub fn capture_stopped(
         let timers = PosixTimers::list(pid)?;
         let questions = Questions::new(&timers);
         let answers = Borrowed::lend(leader, syscall, |borrowed| borrowed.run(&arena, &questions.script))?;
-        let threads = capture_threads(stopped, &memory, syscall, &arena, processors)?;
+        let threads = capture_threads(stopped, &memory, syscall, &arena, unbound)?;
         Ok((timers, questions, answers, threads))
     };
     let asked = ask();

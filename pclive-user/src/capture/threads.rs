@@ -117,19 +117,20 @@ pub fn kill_all(stopped: Vec<StoppedProcess>) {
     pclive_sys::ptrace::kill_all(tracees.collect());
 }
 
-/// Reads every thread of a stopped process. `arena` belongs to the process, `processors` are the container's.
+/// Reads every thread of a stopped process. `arena` belongs to the process; `unbound` is what the
+/// kernel says of the processors of threads that are bound to none.
 pub fn capture_threads(
     process: &StoppedProcess,
     memory: &ProcessMemory,
     syscall: SyscallInstruction,
     arena: &Arena,
-    processors: &CpuSet,
+    unbound: &[CpuSet],
 ) -> Result<Vec<Thread>, ThreadError> {
     process
         .threads
         .iter()
         .map(|thread| {
-            let state = capture_thread(process.pid, thread, memory, syscall, arena, processors)?;
+            let state = capture_thread(process.pid, thread, memory, syscall, arena, unbound)?;
             Ok(Thread { tid: thread.ns_tid, state: Some(Box::new(state)) })
         })
         .collect()
@@ -141,7 +142,7 @@ fn capture_thread(
     memory: &ProcessMemory,
     syscall: SyscallInstruction,
     arena: &Arena,
-    processors: &CpuSet,
+    unbound: &[CpuSet],
 ) -> Result<ThreadState, ThreadError> {
     let tracee = &thread.tracee;
     let tid = tracee.tid();
@@ -169,7 +170,7 @@ fn capture_thread(
         parent_death_signal: questions.parent_death_signal(&answers),
         timer_slack_ns: questions.timer_slack(&answers),
         credentials: credentials(&status, questions.securebits(&answers)),
-        scheduling: scheduling(tid, processors).map_err(call_error("sched_getattr"))?,
+        scheduling: scheduling(tid, unbound).map_err(call_error("sched_getattr"))?,
     })
 }
 

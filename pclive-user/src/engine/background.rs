@@ -33,7 +33,7 @@ impl Background {
             return None;
         }
         let processors = sched_getaffinity(Pid::from_raw(SELF.0)).ok()?;
-        let usual = scheduling(SELF, &processors).ok()?;
+        let usual = scheduling(SELF, &[processors]).ok()?;
         let behind = Scheduling { nice: usual.nice.saturating_add(nice.into()).min(19), ..usual.clone() };
         set_scheduling(SELF, &behind).ok()?;
         Some(Self { usual, thread: PhantomData })
@@ -53,11 +53,10 @@ impl Drop for Background {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sched::CpuSet;
 
     #[test]
     fn a_thread_has_its_own_priority_back_afterwards() {
-        let nice = || scheduling(SELF, &CpuSet::new()).unwrap().nice;
+        let nice = || scheduling(SELF, &[]).unwrap().nice;
         let usual = nice();
         let background = Background::enter(7).expect("tests run as root");
         assert_eq!(nice(), usual + 7);

@@ -9,6 +9,7 @@ use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pidfd::{pidfd_getfd, pidfd_open};
 use pclive_sys::ptrace::{Stop, Tracee};
 use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstruction};
+use pclive_sys::thread::{set_scheduling, unbind};
 use pclive_sys::uffd::{self, Features, Uffd};
 use pclive_wire::layout::{is_begun_anew, special_mappings};
 use pclive_wire::manifest::{Backing, FdEntry, Process, ProcessState, SpecialMapping, Thread};
@@ -304,8 +305,11 @@ impl Parked {
             let tracee = self.thread(thread.tid)?;
             threads::set_registers(tracee, wanted)?;
             // Last: what a thread of low priority does for pclive takes long on a busy machine.
-            pclive_sys::thread::set_scheduling(tracee.tid(), &wanted.scheduling)
-                .map_err(call("sched_setattr"))?;
+            set_scheduling(tracee.tid(), &wanted.scheduling).map_err(call("sched_setattr"))?;
+            if wanted.scheduling.cpus.is_empty() {
+                // It has inherited those of pclive.
+                unbind(tracee.tid()).map_err(call("sched_setaffinity"))?;
+            }
         }
         Ok(())
     }

@@ -70,7 +70,7 @@ pub enum CgroupError {
         /// How long was waited.
         limit: Duration,
     },
-    /// The processors of this thread cannot be told.
+    /// The processors of the host's first process cannot be told.
     #[error("sched_getaffinity")]
     Affinity(#[source] Errno),
     /// The cgroup changes faster than it can be listed.
@@ -247,7 +247,7 @@ impl Mount<'_> {
 }
 
 /// The cgroup v2 line of `/proc/PID/cgroup`. A removed cgroup is marked; such a process has exited.
-fn parse_membership(text: &str) -> Option<&str> {
+pub(super) fn parse_membership(text: &str) -> Option<&str> {
     text.lines().find_map(|line| line.strip_prefix("0::")).filter(|path| !path.ends_with(" (deleted)"))
 }
 

@@ -4,38 +4,58 @@
 //! their numbers, and follow when the operator changes them. The kernel does not tell the two apart in
 //! `sched_getaffinity(2)`.
 
-use super::cgroup::{CgroupError, Mount, parse_mounts, read};
+use super::cgroup::{CgroupError, parse_membership, parse_mounts, read};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 use pclive_wire::HostPid;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// The processors that the cgroup of `pid` may use. Where none limits them, those of this thread.
+/// What `sched_getaffinity(2)` says of threads in the cgroup of `pid` that nobody has bound to processors: all that the
+/// cgroup may use, or those of them that every process of this host inherits from its first one (`CPUAffinity=` of systemd,
+/// `isolcpus=`).
 ///
 /// # Errors
 /// Files of procfs or cgroupfs cannot be read or understood.
-pub fn processors(pid: HostPid) -> Result<CpuSet, CgroupError> {
-    // A kernel without the controller has no such file.
-    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cpuset")).unwrap_or_default();
+pub fn unbound(pid: HostPid) -> Result<Vec<CpuSet>, CgroupError> {
+    let inherited = sched_getaffinity(Pid::from_raw(1)).map_err(CgroupError::Affinity)?;
+    let membership = read(&PathBuf::from(format!("/proc/{pid}/cgroup")))?;
     let mounts = read(Path::new("/proc/self/mountinfo"))?;
-    let v1 = parse_mounts(&mounts, |kind| kind.starts_with("cgroup ") && has_option(kind, "cpuset"));
-    let v2 = parse_mounts(&mounts, |kind| kind.starts_with("cgroup2 "));
-    let file = |mounts: Vec<Mount<'_>>, name| {
-        let paths = mounts.into_iter().filter_map(|mount| mount.path_of(cgroup.trim_end()));
-        paths.map(|path| path.join(name)).find(|path| path.exists())
+    let Some(path) = candidates(&membership, &mounts).into_iter().find(|path| path.exists()) else {
+        return Ok(vec![inherited]);
     };
-    match file(v1, "cpuset.effective_cpus").or_else(|| file(v2, "cpuset.cpus.effective")) {
-        Some(path) => {
-            let line = read(&path)?;
-            parse_list(line.trim_end()).ok_or(CgroupError::Format { path, line })
-        }
-        None => sched_getaffinity(Pid::from_raw(0)).map_err(CgroupError::Affinity),
-    }
+    let line = read(&path)?;
+    let allowed = parse_list(line.trim_end()).ok_or(CgroupError::Format { path, line })?;
+    let both = common(&allowed, &inherited);
+    Ok(vec![allowed, both])
 }
 
-/// Whether the mount that `kind` (type, source and options) tells of has this option.
-fn has_option(kind: &str, option: &str) -> bool {
-    kind.rsplit(' ').next().is_some_and(|options| options.split(',').any(|other| other == option))
+/// The files that may tell the processors of a cgroup; the first that exists does. Where the controller is not enabled in a
+/// cgroup of v2 that is one of those above it.
+fn candidates(membership: &str, mounts: &str) -> Vec<PathBuf> {
+    let (cgroup, mounts, name) = match parse_v1_membership(membership) {
+        Some(cgroup) => (Some(cgroup), parse_mounts(mounts, is_v1_cpuset), "cpuset.effective_cpus"),
+        None => (
+            parse_membership(membership),
+            parse_mounts(mounts, |kind| kind.starts_with("cgroup2 ")),
+            "cpuset.cpus.effective",
+        ),
+    };
+    let path = cgroup.and_then(|cgroup| mounts.iter().find_map(|mount| mount.path_of(cgroup)));
+    path.iter().flat_map(|path| path.ancestors()).map(|path| path.join(name)).collect()
+}
+
+/// The line of `/proc/PID/cgroup` that is about the controller of cgroup v1.
+fn parse_v1_membership(text: &str) -> Option<&str> {
+    text.lines().find_map(|line| {
+        let (controllers, cgroup) = line.split_once(':')?.1.split_once(':')?;
+        controllers.split(',').any(|controller| controller == "cpuset").then_some(cgroup)
+    })
+}
+
+/// Whether a mount, told by type, source and options, is of the controller of cgroup v1.
+fn is_v1_cpuset(kind: &str) -> bool {
+    let options = kind.rsplit(' ').next().unwrap_or_default();
+    kind.starts_with("cgroup ") && options.split(',').any(|option| option == "cpuset")
 }
 
 /// A list of processors, as `0-3,8` (`cpuset(7)`, "List format").
@@ -48,6 +68,14 @@ fn parse_list(list: &str) -> Option<CpuSet> {
         }
     }
     Some(cpus)
+}
+
+fn common(a: &CpuSet, b: &CpuSet) -> CpuSet {
+    let mut both = CpuSet::new();
+    for cpu in (0..CpuSet::count()).filter(|&cpu| a.is_set(cpu) == Ok(true) && b.is_set(cpu) == Ok(true)) {
+        both.set(cpu).expect("the other sets have it");
+    }
+    both
 }
 
 #[cfg(test)]
@@ -64,21 +92,30 @@ mod tests {
         assert_eq!(parsed("3"), Some(vec![3]));
         assert_eq!(parsed("0-2,8,10-11"), Some(vec![0, 1, 2, 8, 10, 11]));
         assert_eq!((parsed(""), parsed("0-x"), parsed("99999")), (None, None, None));
+        let both = common(&parse_list("0-4").unwrap(), &parse_list("3-9").unwrap());
+        assert_eq!(numbers(&both), [3, 4]);
     }
 
     #[test]
-    fn options_are_the_last_of_what_tells_of_a_mount() {
-        assert!(has_option("cgroup cgroup rw,cpuset", "cpuset"));
-        assert!(!has_option("cgroup cpuset rw,cpu", "cpuset"));
+    fn the_file_is_that_of_the_hierarchy_with_the_controller() {
+        const HYBRID: &str = "33 31 0:30 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset\n\
+            32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cpuset rw,cpu\n\
+            41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+        let first = |membership| candidates(membership, HYBRID).into_iter().next();
+        let v1 = first("5:cpu:/x\n3:net_cls,cpuset:/redis\n0::/redis\n");
+        assert_eq!(v1, Some("/sys/fs/cgroup/cpuset/redis/cpuset.effective_cpus".into()));
+        let unified = "41 31 0:38 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            candidates("0::/a/b\n", unified)[..3],
+            ["a/b/", "a/", ""].map(|at| PathBuf::from(format!("/sys/fs/cgroup/{at}cpuset.cpus.effective")))
+        );
+        assert_eq!(candidates("", unified), [""; 0].map(PathBuf::from));
     }
 
     #[test]
-    fn a_process_without_limits_may_use_what_its_cgroup_may() {
-        let own = HostPid(std::process::id() as i32);
-        let (mut mine, all) = (sched_getaffinity(Pid::from_raw(0)).unwrap(), processors(own).unwrap());
-        // Tests may be bound to some of them.
-        numbers(&all).into_iter().for_each(|cpu| mine.set(cpu).unwrap());
-        assert_eq!(numbers(&mine), numbers(&all));
-        assert!(!numbers(&all).is_empty());
+    fn the_hosts_first_process_is_not_bound() {
+        let first = HostPid(1);
+        let mask = sched_getaffinity(Pid::from_raw(first.0)).unwrap();
+        assert!(unbound(first).unwrap().contains(&mask));
     }
 }

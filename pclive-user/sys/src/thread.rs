@@ -16,8 +16,8 @@ pub fn robust_list(tid: HostPid) -> nix::Result<(VirtAddr, u64)> {
 }
 
 /// Policy, priority and nice value of a thread (`sched_getattr(2)`, Linux 3.14), and the CPUs that it is bound to: those
-/// of `sched_getaffinity(2)`, unless they are `all` that it may have.
-pub fn scheduling(tid: HostPid, all: &CpuSet) -> nix::Result<Scheduling> {
+/// of `sched_getaffinity(2)`, unless that is what it says of `unbound` threads, too.
+pub fn scheduling(tid: HostPid, unbound: &[CpuSet]) -> nix::Result<Scheduling> {
     let mut attributes = sched_attr();
     let size = attributes.size;
     // SAFETY: `attributes` is `size` bytes large.
@@ -27,20 +27,27 @@ pub fn scheduling(tid: HostPid, all: &CpuSet) -> nix::Result<Scheduling> {
         policy: attributes.sched_policy as i32,
         priority: attributes.sched_priority as i32,
         nice: attributes.sched_nice,
-        cpus: bound_to(tid, all)?,
+        cpus: bound_to(tid, unbound)?,
     })
 }
 
-fn bound_to(tid: HostPid, all: &CpuSet) -> nix::Result<Vec<u16>> {
+fn bound_to(tid: HostPid, unbound: &[CpuSet]) -> nix::Result<Vec<u16>> {
     let cpus = sched_getaffinity(Pid::from_raw(tid.0))?;
-    if cpus == *all {
+    if unbound.contains(&cpus) {
         return Ok(Vec::new());
     }
     Ok((0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu) == Ok(true)).map(|cpu| cpu as u16).collect())
 }
 
-/// Sets policy, priority, nice value and CPUs of a thread (`sched_setattr(2)`, `sched_setaffinity(2)`). `EINVAL` if this
-/// host has none of the CPUs.
+/// Lets a thread run on all CPUs of its cgroup, now and when these change.
+pub fn unbind(tid: HostPid) -> nix::Result<()> {
+    let mut all = CpuSet::new();
+    (0..CpuSet::count()).try_for_each(|cpu| all.set(cpu))?;
+    sched_setaffinity(Pid::from_raw(tid.0), &all)
+}
+
+/// Sets policy, priority, nice value and, if there are any, CPUs of a thread (`sched_setattr(2)`, `sched_setaffinity(2)`).
+/// `EINVAL` if its cgroup has none of the CPUs.
 pub fn set_scheduling(tid: HostPid, scheduling: &Scheduling) -> nix::Result<()> {
     let mut attributes = sched_attr();
     attributes.sched_policy = scheduling.policy as u32;
@@ -88,7 +95,7 @@ mod tests {
                 let wanted = Scheduling { policy, priority: 0, nice: 5, cpus: Vec::new() };
                 set_scheduling(tid, &wanted).unwrap();
                 let all = sched_getaffinity(Pid::from_raw(0)).unwrap();
-                assert_eq!(scheduling(tid, &all).unwrap(), wanted);
+                assert_eq!(scheduling(tid, &[all]).unwrap(), wanted);
             };
             std::thread::spawn(set).join().unwrap();
         }

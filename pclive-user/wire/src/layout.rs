@@ -50,8 +50,9 @@ pub fn steps<'a>(from: &[Vma], to: &'a [Vma]) -> Vec<Step<'a>> {
     steps
 }
 
-/// Whether layout `to` is not made from layout `from` but begun anew, with nothing kept: the kernel's special mappings are
-/// elsewhere, as they are when the process has executed another program, which may have mapped the same at the same place.
+/// Whether layout `to` is not made from layout `from` but begun anew, with nothing kept, because the kernel's special mappings
+/// are elsewhere. They are in most cases in which the process has executed another program, which may have mapped the same at
+/// the same place. (Not if addresses are not random at all; then the pages are compared like those of one program.)
 pub fn is_begun_anew(from: &[Vma], to: &[Vma]) -> bool {
     special_mappings(from) != special_mappings(to)
 }

@@ -7,10 +7,8 @@ use crate::capture::process::{ProcessError, capture_layout, capture_running_layo
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
-use crate::runtime::cpuset::processors;
 use crate::runtime::{Cgroup, CgroupError};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
-use nix::sched::CpuSet;
 use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::manifest::{Process, Thread};
@@ -113,7 +111,6 @@ impl Live {
 pub struct Container {
     cgroup: Cgroup,
     env: ContainerEnv,
-    processors: CpuSet,
     /// Parents before children.
     processes: Vec<SourceProcess>,
     live: HashMap<HostPid, Live>,
@@ -126,7 +123,6 @@ impl Container {
         let mut container = Self {
             cgroup: Cgroup::of(init)?,
             env: ContainerEnv::open(init)?,
-            processors: processors(init)?,
             processes: Vec::new(),
             live: HashMap::new(),
             attach_stop: Duration::ZERO,
@@ -143,11 +139,6 @@ impl Container {
     /// Its surroundings.
     pub fn env(&self) -> &ContainerEnv {
         &self.env
-    }
-
-    /// The processors that it may use.
-    pub fn processors(&self) -> &CpuSet {
-        &self.processors
     }
 
     /// Its processes, parents before children, as of the last [`Container::refresh`].

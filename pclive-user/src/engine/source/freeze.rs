@@ -13,6 +13,7 @@ use crate::engine::clock::Clock;
 use crate::handoff::SourceEvent;
 use crate::policy::hot::HotPages;
 use crate::runtime::Links;
+use crate::runtime::cpuset::unbound;
 use pclive_wire::control::{DestinationMessage, RoundSummary, RunningReport};
 use pclive_wire::manifest::{Manifest, Process};
 use pclive_wire::{NsPid, Round};
@@ -206,13 +207,14 @@ fn capture(
     container: &Container,
     clock: &mut Clock,
 ) -> Result<(Vec<Process>, CapturedFiles), MigrateError> {
+    clock.enter("capture processes");
+    let unbound = unbound(container.env().init).map_err(ContainerError::Cgroup)?;
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
     let capture = |(layout, stopped): (Process, &StoppedProcess)| {
-        capture_stopped(layout, stopped, container.processors())
+        capture_stopped(layout, stopped, &unbound)
             .map_err(|source| ContainerError::Process { pid: stopped.pid, source })
     };
-    clock.enter("capture processes");
     let processes = layouts.into_iter().zip(stopped).map(capture).collect::<Result<_, _>>()?;
     clock.enter("links down");
     links.take_down()?;
