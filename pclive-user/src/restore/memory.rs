@@ -164,7 +164,7 @@ impl Placement {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use memmap2::MmapMut;
     use pclive_sys::uffd::Features;
@@ -173,7 +173,7 @@ mod tests {
     const PAGES: u64 = 4;
 
     /// Memory of this process that nobody has touched, and placement in it.
-    fn placement() -> (MmapMut, Placement, VirtAddr) {
+    pub(crate) fn placement() -> (MmapMut, Placement, VirtAddr) {
         let map = MmapMut::map_anon((PAGES * PAGE_SIZE) as usize).unwrap();
         let start = VirtAddr(map.as_ptr() as u64);
         let range = PageRange::new(start, PAGES);

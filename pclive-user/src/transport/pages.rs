@@ -372,4 +372,16 @@ impl PageReceiver {
 }
 
 #[cfg(test)]
+impl Batch {
+    /// Whole pages from `start` on, not from any stream.
+    pub(crate) fn of_pages(process: NsPid, round: Round, start: pclive_wire::VirtAddr, pages: &[u8]) -> Self {
+        let range = pclive_wire::PageRange::new(start, pages.len() as u64 / pclive_wire::PAGE_SIZE);
+        let runs = vec![PageRun { range, kind: pclive_wire::page_frame::RunKind::Raw }];
+        let mut map = MmapMut::map_anon(pages.len()).unwrap();
+        map.copy_from_slice(pages);
+        Self { process, round, runs, contents: Contents::Kept(Some(map.make_read_only().unwrap())) }
+    }
+}
+
+#[cfg(test)]
 mod tests;

@@ -228,3 +228,35 @@ impl Gate {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::restore::memory::tests::placement;
+    use pclive_wire::PAGE_SIZE;
+    use pclive_wire::page_frame::{BLOCK_LEN, BlockMask};
+
+    #[test]
+    fn pages_that_wait_for_a_process_go_when_it_does() {
+        const PID: NsPid = NsPid(7);
+        let page = PAGE_SIZE as usize;
+        let (map, memory, start) = placement();
+        let placements = SharedPlacements::default();
+        placements.write().unwrap().insert(PID, memory);
+        let gate = Gate::new(ApplyMode::OnArrival, Round(3), placements.clone());
+        gate.open(Round(0), 0);
+        gate.take(Batch::of_pages(PID, Round(0), start, &vec![1; 2 * page])).unwrap();
+        let memory = placements.write().unwrap().remove(&PID).unwrap();
+        gate.open(Round(1), 0);
+        // Another process has its number.
+        placements.write().unwrap().insert(PID, memory);
+        gate.open(Round(2), 0);
+        gate.take(Batch::of_pages(PID, Round(2), start, &vec![2; page])).unwrap();
+        gate.settle::<PageError>(Round(2), false, |_, _| Ok(())).unwrap();
+        assert!(map[..page].iter().all(|&byte| byte == 2));
+        let second = PageRange::new(start.offset(PAGE_SIZE), 1);
+        let patched =
+            placements.read().unwrap()[&PID].patch(second, BlockMask::new(1).unwrap(), &[3; BLOCK_LEN]);
+        patched.expect_err("nothing was placed there");
+    }
+}
