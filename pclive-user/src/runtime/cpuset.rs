@@ -10,23 +10,38 @@ use nix::unistd::Pid;
 use pclive_wire::HostPid;
 use std::path::{Path, PathBuf};
 
-/// What `sched_getaffinity(2)` says of threads in the cgroup of `pid` that nobody has bound to processors: all that the
-/// cgroup may use, or those of them that every process of this host inherits from its first one (`CPUAffinity=` of systemd,
-/// `isolcpus=`).
-///
-/// # Errors
-/// Files of procfs or cgroupfs cannot be read or understood.
-pub fn unbound(pid: HostPid) -> Result<Vec<CpuSet>, CgroupError> {
-    let inherited = sched_getaffinity(Pid::from_raw(1)).map_err(CgroupError::Affinity)?;
-    let membership = read(&PathBuf::from(format!("/proc/{pid}/cgroup")))?;
-    let mounts = read(Path::new("/proc/self/mountinfo"))?;
-    let Some(path) = candidates(&membership, &mounts).into_iter().find(|path| path.exists()) else {
-        return Ok(vec![inherited]);
-    };
-    let line = read(&path)?;
-    let allowed = parse_list(line.trim_end()).ok_or(CgroupError::Format { path, line })?;
-    let both = common(&allowed, &inherited);
-    Ok(vec![allowed, both])
+/// The cpuset of a process.
+#[derive(Debug)]
+pub struct Cpuset {
+    /// The file that tells its processors; none if the kernel has no such controller, or it is not mounted.
+    file: Option<PathBuf>,
+}
+
+impl Cpuset {
+    /// That of `pid`.
+    ///
+    /// # Errors
+    /// A file of procfs cannot be read.
+    pub fn of(pid: HostPid) -> Result<Self, CgroupError> {
+        let membership = read(&PathBuf::from(format!("/proc/{pid}/cgroup")))?;
+        let mounts = read(Path::new("/proc/self/mountinfo"))?;
+        Ok(Self { file: candidates(&membership, &mounts).into_iter().find(|path| path.exists()) })
+    }
+
+    /// What `sched_getaffinity(2)` says of threads in it that nobody has bound to processors: now all that it has, or those
+    /// of them that every process of this host inherits from its first one (`CPUAffinity=` of systemd, `isolcpus=`).
+    ///
+    /// # Errors
+    /// The file of cgroupfs cannot be read or understood.
+    pub fn unbound(&self) -> Result<Vec<CpuSet>, CgroupError> {
+        let inherited = sched_getaffinity(Pid::from_raw(1)).map_err(CgroupError::Affinity)?;
+        let Some(path) = &self.file else { return Ok(vec![inherited]) };
+        let line = read(path)?;
+        let allowed = parse_list(line.trim_end())
+            .ok_or_else(|| CgroupError::Format { path: path.clone(), line: line.clone() })?;
+        let both = common(&allowed, &inherited);
+        Ok(vec![allowed, both])
+    }
 }
 
 /// The files that may tell the processors of a cgroup; the first that exists does. Where the controller is not enabled in a
@@ -116,6 +131,6 @@ mod tests {
     fn the_hosts_first_process_is_not_bound() {
         let first = HostPid(1);
         let mask = sched_getaffinity(Pid::from_raw(first.0)).unwrap();
-        assert!(unbound(first).unwrap().contains(&mask));
+        assert!(Cpuset::of(first).unwrap().unbound().unwrap().contains(&mask));
     }
 }

@@ -7,7 +7,7 @@
 pub mod bundle;
 pub mod cgroup;
 mod command;
-pub mod cpuset;
+mod cpuset;
 pub mod links;
 mod oci;
 mod runc;
@@ -18,6 +18,7 @@ mod testing;
 pub use bundle::{Bundle, BundleError, ContainerId, InvalidContainerId};
 pub use cgroup::{Cgroup, CgroupError};
 pub use command::CommandError;
+pub use cpuset::Cpuset;
 pub use links::{LinkError, Links};
 pub use runc::Runc;
 pub use sandbox::SandboxProcess;

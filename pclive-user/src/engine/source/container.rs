@@ -7,7 +7,7 @@ use crate::capture::process::{ProcessError, capture_layout, capture_running_layo
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, read_tree};
 use crate::capture::vmas::VmaReader;
-use crate::runtime::{Cgroup, CgroupError};
+use crate::runtime::{Cgroup, CgroupError, Cpuset};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
 use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
@@ -111,6 +111,7 @@ impl Live {
 pub struct Container {
     cgroup: Cgroup,
     env: ContainerEnv,
+    cpuset: Cpuset,
     /// Parents before children.
     processes: Vec<SourceProcess>,
     live: HashMap<HostPid, Live>,
@@ -123,6 +124,7 @@ impl Container {
         let mut container = Self {
             cgroup: Cgroup::of(init)?,
             env: ContainerEnv::open(init)?,
+            cpuset: Cpuset::of(init)?,
             processes: Vec::new(),
             live: HashMap::new(),
             attach_stop: Duration::ZERO,
@@ -139,6 +141,11 @@ impl Container {
     /// Its surroundings.
     pub fn env(&self) -> &ContainerEnv {
         &self.env
+    }
+
+    /// Its processors.
+    pub fn cpuset(&self) -> &Cpuset {
+        &self.cpuset
     }
 
     /// Its processes, parents before children, as of the last [`Container::refresh`].

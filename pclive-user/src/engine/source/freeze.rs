@@ -13,7 +13,6 @@ use crate::engine::clock::Clock;
 use crate::handoff::SourceEvent;
 use crate::policy::hot::HotPages;
 use crate::runtime::Links;
-use crate::runtime::cpuset::unbound;
 use pclive_wire::control::{DestinationMessage, RoundSummary, RunningReport};
 use pclive_wire::manifest::{Manifest, Process};
 use pclive_wire::{NsPid, Round};
@@ -208,7 +207,7 @@ fn capture(
     clock: &mut Clock,
 ) -> Result<(Vec<Process>, CapturedFiles), MigrateError> {
     clock.enter("capture processes");
-    let unbound = unbound(container.env().init).map_err(ContainerError::Cgroup)?;
+    let unbound = container.cpuset().unbound().map_err(ContainerError::Cgroup)?;
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
     let capture = |(layout, stopped): (Process, &StoppedProcess)| {
