@@ -104,21 +104,21 @@ impl Placement {
         Ok(())
     }
 
-    /// Whether a page can be placed here: a mapping that has none of its own is newer than the page.
+    /// Whether a page can be placed here: a mapping that has none of its own is older or newer than the page.
     fn takes_page(&self, addr: VirtAddr) -> bool {
-        let next = self.vmas.partition_point(|vma| vma.range.end() <= addr);
-        self.vmas.get(next).is_some_and(|vma| vma.range.start <= addr && vma.has_own_pages())
+        self.parts(PageRange::new(addr, 1)).next().is_some()
     }
 
     /// The parts of `range` that are mapped and have pages of their own, and whether they are anonymous memory.
-    fn parts(&self, range: PageRange) -> Vec<(PageRange, bool)> {
+    fn parts(&self, range: PageRange) -> impl Iterator<Item = (PageRange, bool)> {
         let first = self.vmas.partition_point(|vma| vma.range.end() <= range.start);
         self.vmas[first..]
             .iter()
-            .take_while(|vma| vma.range.start < range.end())
+            .take_while(move |vma| vma.range.start < range.end())
             .filter(|vma| vma.has_own_pages())
-            .filter_map(|vma| Some((vma.range.intersection(&range)?, vma.backing == Backing::Anonymous)))
-            .collect()
+            .filter_map(move |vma| {
+                Some((up_to_end_of_file(vma).intersection(&range)?, vma.backing == Backing::Anonymous))
+            })
     }
 
     fn place_anonymous(&self, start: VirtAddr, pages: &[u8]) -> Result<()> {
@@ -163,6 +163,14 @@ impl Placement {
     }
 }
 
+/// Where a mapping may have pages. Behind the end of a file it cannot (`SIGBUS`): what is sent for there is of a newer mapping,
+/// as when a library is loaded, which is mapped as a whole before its zeros are mapped over its end.
+fn up_to_end_of_file(vma: &Vma) -> PageRange {
+    let Backing::File { offset, size, .. } = vma.backing else { return vma.range };
+    let pages = size.saturating_sub(offset).div_ceil(PAGE_SIZE);
+    PageRange::new(vma.range.start, vma.range.pages.min(pages))
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -197,6 +205,19 @@ pub(crate) mod tests {
             expected[of * page + at * BLOCK_LEN..][..BLOCK_LEN].fill(fill);
         }
         assert!(map[..3 * page] == expected);
+    }
+
+    #[test]
+    fn pages_behind_the_end_of_a_mapped_file_are_left_out() {
+        let start = VirtAddr(1 << 20);
+        let of = |offset, size| {
+            let backing = Backing::File { path: b"/library".to_vec(), offset, shared: false, size };
+            let vma = Vma { range: PageRange::new(start, 3), prot: 3, flags: VmaFlags::default(), backing };
+            up_to_end_of_file(&vma).pages
+        };
+        let sizes = [0, 1, PAGE_SIZE, PAGE_SIZE + 1, 9 * PAGE_SIZE];
+        assert_eq!(sizes.map(|size| of(0, size)), [0, 1, 1, 2, 3]);
+        assert_eq!(sizes.map(|size| of(PAGE_SIZE, size)), [0, 0, 0, 1, 3]);
     }
 
     #[test]
