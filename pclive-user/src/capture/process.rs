@@ -165,8 +165,8 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
 }
 
 /// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
-/// the process, also on failure. `unbound` is what the kernel says of the processors of threads that
-/// are bound to none.
+/// the process, also on failure. `unbound` is what the kernel says of the processors of threads that are bound to
+/// none.
 pub fn capture_stopped(
     mut layout: Process,
     stopped: &StoppedProcess,

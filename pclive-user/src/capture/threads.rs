@@ -117,8 +117,8 @@ pub fn kill_all(stopped: Vec<StoppedProcess>) {
     pclive_sys::ptrace::kill_all(tracees.collect());
 }
 
-/// Reads every thread of a stopped process. `arena` belongs to the process; `unbound` is what the
-/// kernel says of the processors of threads that are bound to none.
+/// Reads every thread of a stopped process. `arena` belongs to the process; `unbound` is what the kernel says of
+/// the processors of threads that are bound to none.
 pub fn capture_threads(
     process: &StoppedProcess,
     memory: &ProcessMemory,

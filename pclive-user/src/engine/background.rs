@@ -6,8 +6,6 @@
 //! "The autogroup feature", and the cgroup controller `cpu`).
 
 use crate::host::has_capability;
-use nix::sched::sched_getaffinity;
-use nix::unistd::Pid;
 use pclive_sys::thread::{scheduling, set_scheduling};
 use pclive_wire::HostPid;
 use pclive_wire::manifest::Scheduling;
@@ -32,8 +30,8 @@ impl Background {
         if nice == 0 || !has_capability(CAP_SYS_NICE).unwrap_or(false) {
             return None;
         }
-        let processors = sched_getaffinity(Pid::from_raw(SELF.0)).ok()?;
-        let usual = scheduling(SELF, &[processors]).ok()?;
+        // Its processors stay as they are.
+        let usual = Scheduling { cpus: Vec::new(), ..scheduling(SELF, &[]).ok()? };
         let behind = Scheduling { nice: usual.nice.saturating_add(nice.into()).min(19), ..usual.clone() };
         set_scheduling(SELF, &behind).ok()?;
         Some(Self { usual, thread: PhantomData })

@@ -8,6 +8,7 @@ use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pagemap::{Categories, Filter, Pagemap};
 use pclive_sys::uffd::{Placed, Uffd};
 use pclive_sys::{Error, Result};
+use pclive_wire::layout::overlapping;
 use pclive_wire::manifest::{Backing, Vma};
 use pclive_wire::page_frame::{BLOCK_LEN, BlockMask};
 use pclive_wire::{PAGE_SIZE, PageRange, VirtAddr};
@@ -111,14 +112,9 @@ impl Placement {
 
     /// The parts of `range` that are mapped and have pages of their own, and whether they are anonymous memory.
     fn parts(&self, range: PageRange) -> impl Iterator<Item = (PageRange, bool)> {
-        let first = self.vmas.partition_point(|vma| vma.range.end() <= range.start);
-        self.vmas[first..]
-            .iter()
-            .take_while(move |vma| vma.range.start < range.end())
-            .filter(|vma| vma.has_own_pages())
-            .filter_map(move |vma| {
-                Some((up_to_end_of_file(vma).intersection(&range)?, vma.backing == Backing::Anonymous))
-            })
+        overlapping(&self.vmas, range).filter(|(vma, _)| vma.has_own_pages()).filter_map(|(vma, common)| {
+            Some((up_to_end_of_file(vma).intersection(&common)?, vma.backing == Backing::Anonymous))
+        })
     }
 
     fn place_anonymous(&self, start: VirtAddr, pages: &[u8]) -> Result<()> {

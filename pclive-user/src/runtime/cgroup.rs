@@ -92,7 +92,7 @@ impl Cgroup {
         let membership = read(&PathBuf::from(format!("/proc/{pid}/cgroup")))?;
         let mounts = read(Path::new("/proc/self/mountinfo"))?;
         let cgroup = parse_membership(&membership).ok_or(CgroupError::NotMounted)?;
-        let mounts = parse_mounts(&mounts, |kind| kind.starts_with("cgroup2 "));
+        let mounts = parse_mounts(&mounts, is_v2);
         if mounts.is_empty() {
             return Err(CgroupError::NotMounted);
         }
@@ -251,6 +251,11 @@ pub(super) fn parse_membership(text: &str) -> Option<&str> {
     text.lines().find_map(|line| line.strip_prefix("0::")).filter(|path| !path.ends_with(" (deleted)"))
 }
 
+/// Whether a mount, told by type, source and options, is of cgroup v2.
+pub(super) fn is_v2(kind: &str) -> bool {
+    kind.starts_with("cgroup2 ")
+}
+
 /// The mounts in `/proc/self/mountinfo` (`proc_pid_mountinfo(5)`) whose type, source and options are `wanted`.
 pub(super) fn parse_mounts(text: &str, wanted: impl Fn(&str) -> bool) -> Vec<Mount<'_>> {
     let parse = |line| -> Option<Mount<'_>> {
@@ -283,7 +288,6 @@ mod tests {
     use super::*;
     use std::process::{Child, Command};
 
-    const V2: fn(&str) -> bool = |kind| kind.starts_with("cgroup2 ");
     const LIMIT: Duration = Duration::from_secs(2);
 
     /// A cgroup with processes in it and in one below it; removed at the end.
@@ -296,7 +300,7 @@ mod tests {
         fn new(name: &str) -> Self {
             let mounts = read(Path::new("/proc/self/mountinfo")).unwrap();
             let path =
-                parse_mounts(&mounts, V2)[0].point.join(format!("runtime-{name}-{}", std::process::id()));
+                parse_mounts(&mounts, is_v2)[0].point.join(format!("runtime-{name}-{}", std::process::id()));
             std::fs::create_dir_all(path.join("below")).unwrap();
             let children = ["", "", "below"].map(|place| {
                 let child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
@@ -380,14 +384,14 @@ mod tests {
         let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
             32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
             41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        let mounts = parse_mounts(hybrid, V2);
+        let mounts = parse_mounts(hybrid, is_v2);
         assert_eq!(mounts, [Mount { root: "/", point: "/sys/fs/cgroup/unified".into() }]);
         assert_eq!(mounts[0].path_of("/a/b").unwrap(), Path::new("/sys/fs/cgroup/unified/a/b"));
         assert_eq!(mounts[0].path_of("/../b"), None);
         let part = Mount { root: "/a", point: "/m n".into() };
         assert_eq!(part.path_of("/a/b").unwrap(), Path::new("/m n/b"));
         assert_eq!(part.path_of("/ab"), None);
-        assert_eq!(parse_mounts("41 31 0:38 /a /m\\040n rw - cgroup2 cgroup2 rw\n", V2), [part]);
+        assert_eq!(parse_mounts("41 31 0:38 /a /m\\040n rw - cgroup2 cgroup2 rw\n", is_v2), [part]);
         assert_eq!(parse_membership("9:name=systemd:/x\n0::/redis\n"), Some("/redis"));
         assert_eq!(parse_membership("9:name=systemd:/x\n"), None);
         assert_eq!(parse_membership("0::/redis (deleted)\n"), None);

@@ -4,9 +4,10 @@
 //! their numbers, and follow when the operator changes them. The kernel does not tell the two apart in
 //! `sched_getaffinity(2)`.
 
-use super::cgroup::{CgroupError, parse_membership, parse_mounts, read};
+use super::cgroup::{CgroupError, is_v2, parse_membership, parse_mounts, read};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
+use pclive_sys::thread::numbers;
 use pclive_wire::HostPid;
 use std::path::{Path, PathBuf};
 
@@ -49,11 +50,7 @@ impl Cpuset {
 fn candidates(membership: &str, mounts: &str) -> Vec<PathBuf> {
     let (cgroup, mounts, name) = match parse_v1_membership(membership) {
         Some(cgroup) => (Some(cgroup), parse_mounts(mounts, is_v1_cpuset), "cpuset.effective_cpus"),
-        None => (
-            parse_membership(membership),
-            parse_mounts(mounts, |kind| kind.starts_with("cgroup2 ")),
-            "cpuset.cpus.effective",
-        ),
+        None => (parse_membership(membership), parse_mounts(mounts, is_v2), "cpuset.cpus.effective"),
     };
     let path = cgroup.and_then(|cgroup| mounts.iter().find_map(|mount| mount.path_of(cgroup)));
     path.iter().flat_map(|path| path.ancestors()).map(|path| path.join(name)).collect()
@@ -87,7 +84,7 @@ fn parse_list(list: &str) -> Option<CpuSet> {
 
 fn common(a: &CpuSet, b: &CpuSet) -> CpuSet {
     let mut both = CpuSet::new();
-    for cpu in (0..CpuSet::count()).filter(|&cpu| a.is_set(cpu) == Ok(true) && b.is_set(cpu) == Ok(true)) {
+    for cpu in numbers(a).filter(|&cpu| b.is_set(cpu) == Ok(true)) {
         both.set(cpu).expect("the other sets have it");
     }
     both
@@ -97,18 +94,14 @@ fn common(a: &CpuSet, b: &CpuSet) -> CpuSet {
 mod tests {
     use super::*;
 
-    fn numbers(cpus: &CpuSet) -> Vec<usize> {
-        (0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu) == Ok(true)).collect()
-    }
-
     #[test]
     fn lists_are_read_as_the_kernel_writes_them() {
-        let parsed = |list| parse_list(list).map(|cpus| numbers(&cpus));
+        let parsed = |list| parse_list(list).map(|cpus| numbers(&cpus).collect::<Vec<_>>());
         assert_eq!(parsed("3"), Some(vec![3]));
         assert_eq!(parsed("0-2,8,10-11"), Some(vec![0, 1, 2, 8, 10, 11]));
         assert_eq!((parsed(""), parsed("0-x"), parsed("99999")), (None, None, None));
         let both = common(&parse_list("0-4").unwrap(), &parse_list("3-9").unwrap());
-        assert_eq!(numbers(&both), [3, 4]);
+        assert_eq!(numbers(&both).collect::<Vec<_>>(), [3, 4]);
     }
 
     #[test]

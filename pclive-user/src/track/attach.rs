@@ -28,7 +28,7 @@ use pclive_sys::pidfd::pidfd_getfd;
 use pclive_sys::ptrace::{Seize, Tracee};
 use pclive_sys::script::{Arena, Borrowed, Script};
 use pclive_sys::uffd::{self, Features, Mode, Uffd};
-use pclive_wire::layout::mapped_anew;
+use pclive_wire::layout::{mapped_anew, overlapping};
 use pclive_wire::manifest::{Backing, Vma};
 use pclive_wire::units::USER_END;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, PageSet, VirtAddr};
@@ -285,10 +285,8 @@ impl TrackedProcess {
             return Ok(());
         }
         for new in mapped_anew(&self.layout, layout) {
-            // Never more than one mapping.
-            let of = |vma: &&Vma| vma.has_own_pages() && vma.range.intersection(&new).is_some();
-            for vma in layout.iter().filter(of) {
-                self.pagemap.scan(new, populated(vma), found)?;
+            for (vma, range) in overlapping(layout, new).filter(|(vma, _)| vma.has_own_pages()) {
+                self.pagemap.scan(range, populated(vma), found)?;
             }
         }
         Ok(())

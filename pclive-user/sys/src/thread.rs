@@ -36,7 +36,12 @@ fn bound_to(tid: HostPid, unbound: &[CpuSet]) -> nix::Result<Vec<u16>> {
     if unbound.contains(&cpus) {
         return Ok(Vec::new());
     }
-    Ok((0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu) == Ok(true)).map(|cpu| cpu as u16).collect())
+    Ok(numbers(&cpus).map(|cpu| cpu as u16).collect())
+}
+
+/// The numbers of the CPUs in a set, in ascending order.
+pub fn numbers(cpus: &CpuSet) -> impl Iterator<Item = usize> {
+    (0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu) == Ok(true))
 }
 
 /// Lets a thread run on all CPUs of its cgroup, now and when these change.

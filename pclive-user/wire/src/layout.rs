@@ -98,8 +98,8 @@ fn uncovered(from: &[Vma], to: &[Vma]) -> Vec<PageRange> {
     gaps
 }
 
-/// The VMAs of a layout that overlap with `range`, and where.
-fn overlapping(layout: &[Vma], range: PageRange) -> impl Iterator<Item = (&Vma, PageRange)> {
+/// The VMAs of a (sorted) layout that overlap with `range`, and where.
+pub fn overlapping(layout: &[Vma], range: PageRange) -> impl Iterator<Item = (&Vma, PageRange)> {
     let first = layout.partition_point(|vma| vma.range.end() <= range.start);
     layout[first..].iter().map_while(move |vma| Some((vma, vma.range.intersection(&range)?)))
 }

@@ -32,7 +32,7 @@ pub use command::run;
 pub use host::{ContainerState, Host};
 pub use net::BitRate;
 pub use netns::Netns;
-pub use processors::DedicatedProcessors;
+pub use processors::{DedicatedProcessors, own_processors};
 pub use teardown::remove_own_labs;
 pub use traces::injected;
 

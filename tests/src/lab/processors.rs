@@ -14,6 +14,15 @@ use nix::unistd::Pid;
 /// The calling thread.
 const SELF: Pid = Pid::from_raw(0);
 
+/// The numbers of the processors that the calling thread may use.
+///
+/// # Errors
+/// When the kernel does not tell them.
+pub fn own_processors() -> Result<Vec<usize>> {
+    let own = sched_getaffinity(SELF).context("sched_getaffinity")?;
+    Ok((0..CpuSet::count()).filter(|&number| own.is_set(number) == Ok(true)).collect())
+}
+
 /// Processors for containers alone. The calling thread, with whatever it starts, keeps off them until this is dropped.
 #[derive(Debug)]
 pub struct DedicatedProcessors {
@@ -30,8 +39,7 @@ impl DedicatedProcessors {
     /// When the kernel does not tell them, or refuses.
     pub fn take() -> Result<Self> {
         let before = sched_getaffinity(SELF).context("sched_getaffinity")?;
-        let mut numbers: Vec<usize> =
-            (0..CpuSet::count()).filter(|&number| before.is_set(number) == Ok(true)).collect();
+        let mut numbers = own_processors()?;
         let upper = numbers.split_off(numbers.len().div_ceil(2));
         let mut rest = CpuSet::new();
         numbers.into_iter().try_for_each(|number| rest.set(number)).context("CPU_SET")?;

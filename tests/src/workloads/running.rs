@@ -92,10 +92,9 @@ impl Contained {
         let payload = Payload { processors, ..Payload::program(program, arguments) };
         let container = lab.add_container(name, &payload)?;
         lab.source().start(name)?;
-        let address = SocketAddr::from((container.address, PORT));
         let end = Instant::now() + START;
         let mut client = loop {
-            match lab.client().enter(|| Client::connect(address))? {
+            match connect(lab, &container)? {
                 Ok(client) => break client,
                 Err(error) if Instant::now() > end => bail!("{name}: {error}: {}", lab.source().log(name)),
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
@@ -134,8 +133,7 @@ impl Contained {
     /// # Errors
     /// When there is no new one.
     pub fn reconnect(&mut self, lab: &Lab) -> Result<()> {
-        let address = SocketAddr::from((self.container.address, PORT));
-        self.client = lab.client().enter(|| Client::connect(address))??;
+        self.client = connect(lab, &self.container)??;
         Ok(())
     }
 
@@ -145,8 +143,7 @@ impl Contained {
     /// # Errors
     /// What differs.
     pub fn check(&mut self, lab: &Lab) -> Result<String> {
-        let address = SocketAddr::from((self.container.address, PORT));
-        let mut second = lab.client().enter(|| Client::connect(address))??;
+        let mut second = connect(lab, &self.container)??;
         let mut counters = String::new();
         for client in [&mut self.client, &mut second] {
             let answer = client.ask("check", PATIENCE)?;
@@ -163,4 +160,10 @@ impl Contained {
         }
         Ok(counters)
     }
+}
+
+/// A connection from the lab's client. The inner error is that of the connection.
+fn connect(lab: &Lab, container: &Container) -> Result<std::io::Result<Client>> {
+    let address = SocketAddr::from((container.address, PORT));
+    lab.client().enter(|| Client::connect(address))
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
-use pclive_tests::lab::{Host, Lab, run};
+use pclive_tests::lab::{Host, Lab, own_processors, run};
 use pclive_tests::pclive::Serve;
 use pclive_tests::workloads::running::Contained;
 
@@ -21,8 +21,7 @@ fn allowed(host: &Host) -> Result<Vec<CpuSet>> {
 
 #[test]
 fn it_has_those_of_the_destination_and_follows_when_they_change() -> Result<()> {
-    let own = sched_getaffinity(Pid::from_raw(0))?;
-    let numbers: Vec<usize> = (0..CpuSet::count()).filter(|&number| own.is_set(number) == Ok(true)).collect();
+    let numbers = own_processors()?;
     let (first, last) = (numbers[0], *numbers.last().context("this thread runs somewhere")?);
     if first == last {
         println!("skipped: this machine has one processor");
