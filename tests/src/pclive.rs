@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use wait_timeout::ChildExt;
 
 use crate::lab::{Host, Lab, run};
 
@@ -171,22 +172,16 @@ impl Migrate {
     /// # Errors
     /// As [`Self::wait`].
     pub fn wait_for(mut self, timeout: Duration) -> Result<Outcome> {
-        let end = Instant::now() + timeout;
-        let code = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status.code();
-            }
-            if Instant::now() > end {
-                bail!("pclive migrate does not end: {}", fs::read_to_string(&self.output)?);
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        // Without looking again and again: what is measured may share a processor with the caller.
+        let Some(status) = self.child.wait_timeout(timeout)? else {
+            bail!("pclive migrate does not end: {}", fs::read_to_string(&self.output)?);
         };
         let report = match fs::read(&self.report) {
             Ok(json) => Some(serde_json::from_slice(&json).context("the report of pclive migrate")?),
             Err(_) => None,
         };
         let output = fs::read(&self.output).context("the output of pclive migrate")?;
-        Ok(Outcome { code, report, output: String::from_utf8_lossy(&output).into_owned() })
+        Ok(Outcome { code: status.code(), report, output: String::from_utf8_lossy(&output).into_owned() })
     }
 }
 
