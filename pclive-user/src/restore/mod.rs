@@ -8,6 +8,7 @@ mod process;
 pub mod skeleton;
 pub mod sockets;
 mod threads;
+mod timers;
 mod vmas;
 
 use pclive_wire::HostPid;

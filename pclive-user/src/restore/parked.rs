@@ -2,6 +2,7 @@
 
 use super::files::OpenedFiles;
 use super::memory::Placement;
+use super::timers::{self, OutOfReach, TimerIds};
 use super::vmas::{drop_pages, move_specials, remap, unmap};
 use super::{descriptors, process as process_state, threads};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -60,6 +61,9 @@ pub enum ParkedError {
     #[error("clone3 of {asked} made {made} tasks")]
     #[allow(missing_docs)]
     Clone { asked: NsPid, made: usize },
+    /// A timer cannot have the id that it had.
+    #[error(transparent)]
+    Timer(#[from] OutOfReach),
 }
 
 fn call(call: &'static str) -> impl Fn(nix::Error) -> ParkedError {
@@ -291,6 +295,9 @@ impl Parked {
         self.install_descriptors(state, files)?;
         let (_, spare) = descriptors::spare_fds(&state.fds);
         self.run(&process_state::state_script(process, state, spare))?;
+        if !state.timers.is_empty() {
+            self.run(&timers::script(&state.timers, TimerIds::here())?)?;
+        }
         self.write_oom_score_adj(state.oom_score_adj)?;
         for thread in &process.threads {
             let tracee = self.thread(thread.tid)?;

@@ -1,11 +1,8 @@
-//! What belongs to a whole process: address-space bounds, limits, signal actions, timers, working directory.
+//! What belongs to a whole process: address-space bounds, limits, signal actions, interval timers, working directory.
 
 use super::threads::queue_signal;
 use pclive_sys::script::{Arg, Script};
-use pclive_wire::manifest::{ItimerSpec, MmBounds, PosixTimer, Process, ProcessState, SigAction};
-
-/// `PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15): `timer_create(2)` takes the id from its argument.
-const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
+use pclive_wire::manifest::{ItimerSpec, MmBounds, Process, ProcessState, SigAction};
 
 /// What the leader must call for the process, apart from descriptors, threads and credentials. `spare_fd` is a descriptor
 /// number that is not in use.
@@ -34,7 +31,6 @@ pub fn state_script(process: &Process, state: &ProcessState, spare_fd: i32) -> S
     for (which, timer) in state.itimers.iter().enumerate() {
         itimer(&mut script, which as u64, timer);
     }
-    posix_timers(&mut script, &state.timers);
     script
 }
 
@@ -97,36 +93,6 @@ fn itimer(script: &mut Script, which: u64, timer: &ItimerSpec) {
 
 /// When a timer expires next. One that has expired, and whose signal is still pending, shows 0 until the signal is taken:
 /// the kernel starts its next interval only then. The signal travels, the next interval begins here.
-fn due_in(value: u64, interval: u64) -> u64 {
+pub(super) fn due_in(value: u64, interval: u64) -> u64 {
     if value > 0 { value } else { interval }
-}
-
-fn posix_timers(script: &mut Script, timers: &[PosixTimer]) {
-    if timers.is_empty() {
-        return;
-    }
-    let restore_ids = |script: &mut Script, on: i32| {
-        let args: [Arg; 5] = [PR_TIMER_CREATE_RESTORE_IDS.into(), on.into(), 0.into(), 0.into(), 0.into()];
-        script.call("PR_TIMER_CREATE_RESTORE_IDS (Linux 6.15)", libc::SYS_prctl, args);
-    };
-    restore_ids(script, 1);
-    for timer in timers {
-        let mut event = [0u8; 64]; // struct sigevent
-        event[..8].copy_from_slice(&timer.value.to_ne_bytes());
-        event[8..12].copy_from_slice(&timer.signal.to_ne_bytes());
-        event[12..16].copy_from_slice(&timer.notify.to_ne_bytes());
-        event[16..20].copy_from_slice(&timer.thread.0.to_ne_bytes());
-        let event = script.data(&event);
-        let id = script.data(&timer.id.to_ne_bytes());
-        let label = format!("timer_create of {}", timer.id);
-        script.call(label, libc::SYS_timer_create, [timer.clock.into(), event.into(), id.into()]);
-        if timer.value_ns > 0 || timer.interval_ns > 0 {
-            let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
-            let words = [split(timer.interval_ns), split(due_in(timer.value_ns, timer.interval_ns))].concat();
-            let spec = script.data(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>());
-            let args: [Arg; 4] = [timer.id.into(), 0.into(), spec.into(), 0.into()];
-            script.call(format!("timer_settime of {}", timer.id), libc::SYS_timer_settime, args);
-        }
-    }
-    restore_ids(script, 0);
 }

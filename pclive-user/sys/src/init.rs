@@ -59,12 +59,12 @@ mod tests {
     fn the_init_starts_and_waits() {
         let fd = executable().unwrap();
         let mut child = Command::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).spawn().unwrap();
-        let exe = std::fs::read_link(format!("/proc/{}/exe", child.id())).unwrap();
-        assert_eq!(exe.to_str(), Some("/memfd:pclive-init (deleted)"));
         let syscall = format!("/proc/{}/syscall", child.id());
         while !std::fs::read_to_string(&syscall).unwrap().starts_with("34 ") {
             std::thread::yield_now();
         }
+        let exe = std::fs::read_link(format!("/proc/{}/exe", child.id())).unwrap();
+        assert_eq!(exe.to_str(), Some("/memfd:pclive-init (deleted)"));
         child.kill().unwrap();
         child.wait().unwrap();
     }

@@ -14,6 +14,7 @@ pub mod owner;
 pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
+pub mod prctl;
 pub mod ptrace;
 pub mod script;
 pub mod signalfd;

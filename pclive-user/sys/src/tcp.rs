@@ -105,9 +105,10 @@ impl TcpInfo {
     /// Reads it (`TCP_INFO`).
     ///
     /// # Errors
-    /// The kernel's; `EINVAL` if it returns less than this structure.
+    /// The kernel's; `EINVAL` if it returns less than the fields here.
     pub fn of(socket: BorrowedFd<'_>) -> nix::Result<Self> {
-        let mut raw = [0; size_of::<libc::tcp_info>()];
+        // The structure grows from kernel to kernel.
+        let mut raw = [0; offset_of!(libc::tcp_info, tcpi_total_retrans) + size_of::<u32>()];
         if get(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut raw)? < raw.len() {
             return Err(Errno::EINVAL);
         }

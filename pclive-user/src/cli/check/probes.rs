@@ -7,6 +7,7 @@ use pclive_sys::{
     kcmp,
     pagemap::{Filter, Pagemap},
     pidfd::{pidfd_getfd, pidfd_open},
+    prctl::can_name_timers,
     sock_diag::SockDiag,
     sockopt, tcp,
     uffd::{Features, Uffd},
@@ -64,6 +65,11 @@ pub const PROBES: &[Probe] = &[
     need("pidfd_getfd", "open files of containers cannot be taken over (Linux 5.6)", pidfd),
     need("kcmp", "which processes share files, memory or handlers cannot be told (CONFIG_KCMP)", kcmp),
     need("/proc/PID/timers", "POSIX timers of containers would be lost (CONFIG_CHECKPOINT_RESTORE)", timers),
+    want(
+        "timer ids",
+        "POSIX timers get their ids by counting: those of a process with many deleted ones may be out of reach (Linux 6.15)",
+        timer_ids,
+    ),
     need(
         "sock_diag",
         "sockets cannot be found and described (CONFIG_INET_DIAG, CONFIG_UNIX_DIAG)",
@@ -154,6 +160,11 @@ fn kcmp() -> Result<String> {
 fn timers() -> Result<String> {
     fs::read_to_string("/proc/self/timers").context("read /proc/self/timers")?;
     Ok("readable".into())
+}
+
+fn timer_ids() -> Result<String> {
+    ensure!(can_name_timers(), "this kernel chooses them");
+    Ok("PR_TIMER_CREATE_RESTORE_IDS".into())
 }
 
 fn sock_diag() -> Result<String> {
