@@ -1,7 +1,7 @@
 //! Running cargo on this workspace.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use pclive_tests::Programs;
@@ -24,6 +24,16 @@ pub fn show(command: &mut Command) -> Result<()> {
         bail!("{command:?}: {status}");
     }
     Ok(())
+}
+
+/// What a command prints; its errors are the user's to see.
+///
+/// # Errors
+/// When it cannot be started or fails.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = command.stderr(Stdio::inherit()).output().with_context(|| format!("start {command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// The programs for measurements: those in `dir`, or else the workspace's, which are built.
@@ -52,6 +62,7 @@ pub fn need_root() -> Result<()> {
     Ok(())
 }
 
-fn workspace() -> &'static Path {
+/// Where the workspace is.
+pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace")
 }

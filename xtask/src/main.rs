@@ -7,6 +7,7 @@ mod interrupt;
 mod run;
 mod setup;
 mod test;
+mod vm;
 mod warm;
 
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ enum Task {
     /// Run all tests
     Test(test::Options),
     Bench(Box<bench::Options>),
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::test(&options),
         Task::Bench(options) => bench::bench(&options),
+        Task::Vm(options) => vm::vm(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

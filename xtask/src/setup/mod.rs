@@ -12,12 +12,14 @@ use anyhow::{Context, Result};
 use crate::build::{need_root, show};
 
 /// What the lab and the suites use.
-const PACKAGES: [&str; 9] = [
+const PACKAGES: [&str; 11] = [
     "build-essential",
     "ca-certificates",
     "crun",
     "iproute2",
+    "kmod",
     "memcached",
+    "qemu-system-x86",
     "redis-server",
     "redis-tools",
     "runc",

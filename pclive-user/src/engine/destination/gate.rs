@@ -80,6 +80,7 @@ impl Gate {
                 drop(background.take());
                 background = Background::enter(wanted);
             }
+            background.iter_mut().for_each(Background::insist);
             let result = event.map_err(PageError::from).and_then(|event| match event {
                 PageEvent::Batch(batch) => self.take(batch),
                 PageEvent::Barrier(round) => {

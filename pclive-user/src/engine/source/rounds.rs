@@ -74,7 +74,7 @@ impl Migration<'_> {
         let start = Instant::now();
         let (layouts, walks): (Vec<Process>, Vec<Walk>) = self.container.begin_round()?.into_iter().unzip();
         // Not before: processes stand still while they are attached to.
-        let _background = Background::enter(nice);
+        let mut background = Background::enter(nice);
         let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
         let expected = expected.map_or_else(|| self.left_to_send(), Ok)?;
         self.progress.round(self.round, expected);
@@ -87,6 +87,7 @@ impl Migration<'_> {
             let Some(memory) = self.container.memory(pid) else { continue };
             while let Some(pages) = self.container.next_pages(pid, &mut walk, MAX_BATCH_PAGES as u64)? {
                 self.cancellation.check()?;
+                background.iter_mut().for_each(Background::insist);
                 let found = pages.pages();
                 outgoing.pages(pid, &memory, &hot.split(pages))?;
                 self.progress.sent(found);
