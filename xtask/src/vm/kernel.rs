@@ -4,12 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::build::{output, show};
 
 /// It has drivers for virtual machines only, and is a third as large as the others.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
+
+const IMAGE: &str = "linux-image-";
 
 /// A kernel that was unpacked.
 pub struct Kernel {
@@ -32,15 +34,13 @@ impl Kernel {
             fetch(debian, new.path())?;
             fs::rename(new.path().join("kernel"), dir).with_context(|| format!("make {}", dir.display()))?;
         }
-        let boot = dir.join("boot");
-        for entry in fs::read_dir(&boot).with_context(|| format!("list {}", boot.display()))? {
-            let image = entry?.path();
-            let name = image.file_name().and_then(|name| name.to_str());
-            if let Some(release) = name.and_then(|name| name.strip_prefix("vmlinuz-")) {
-                return Ok(Self { release: release.to_owned(), image });
-            }
-        }
-        bail!("there is no kernel in {}: remove {}", boot.display(), dir.display())
+        let modules = dir.join("lib/modules");
+        let entry = fs::read_dir(&modules).with_context(|| format!("list {}", modules.display()))?.next();
+        let release = entry.context("there are no modules")??.file_name().to_string_lossy().into_owned();
+        let places = [dir.join(format!("boot/vmlinuz-{release}")), modules.join(&release).join("vmlinuz")];
+        let image = places.into_iter().find(|path| path.exists());
+        let image = image.with_context(|| format!("there is no kernel in it: remove {}", dir.display()))?;
+        Ok(Self { image, release })
     }
 }
 
@@ -67,15 +67,26 @@ fn fetch(debian: &str, dir: &Path) -> Result<()> {
         command
     };
     show(apt("apt-get").arg("update"))?;
-    let depends = output(apt("apt-cache").args(["depends", "--important", META_PACKAGE]))?;
-    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    let package = package.with_context(|| format!("{debian} has no {META_PACKAGE}"))?;
-    show(apt("apt-get").args(["download", package]))?;
-    let file = fs::read_dir(dir)?.flatten().map(|entry| entry.path());
-    let file = file.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "deb"));
-    let file = file.with_context(|| format!("apt-get did not download {package}"))?;
-    show(Command::new("dpkg-deb").arg("--extract").arg(file).arg(dir.join("kernel")))?;
-    let release = package.strip_prefix("linux-image-").context("a kernel is a linux-image")?;
+    let depends = |package: &str| -> Result<Vec<String>> {
+        let text = output(apt("apt-cache").args(["depends", "--important", package]))?;
+        let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+        Ok(names.map(str::to_owned).collect())
+    };
+    let image = depends(META_PACKAGE)?.into_iter().find(|name| name.starts_with(IMAGE));
+    let image = image.with_context(|| format!("{debian} has no {META_PACKAGE}"))?;
+    let release = &image[IMAGE.len()..];
+    // Newer ones have their modules, and the kernel itself, in packages of their own.
+    let parts = depends(&image)?.into_iter().filter(|name| name.ends_with(release));
+    show(apt("apt-get").arg("download").arg(&image).args(parts))?;
+    for file in fs::read_dir(dir)?.flatten().map(|entry| entry.path()) {
+        if file.extension().is_some_and(|extension| extension == "deb") {
+            show(Command::new("dpkg-deb").arg("--extract").arg(file).arg(dir.join("kernel")))?;
+        }
+    }
+    if !dir.join("kernel/lib").exists() {
+        // Newer packages know no /lib but the one in /usr.
+        std::os::unix::fs::symlink("usr/lib", dir.join("kernel/lib")).context("link the modules")?;
+    }
     show(Command::new("depmod").arg("--basedir").arg(dir.join("kernel")).arg(release))
 }
 

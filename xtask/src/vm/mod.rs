@@ -71,7 +71,7 @@ fn tests() -> Result<String> {
     let built: Vec<Built> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let mut commands = String::from("export RUST_BACKTRACE=0 PCLIVE_MOVES=2\nfailed=0\n");
     for (name, filter) in SUITES {
-        let suite = built.iter().find(|built| built.target.name == name && built.profile.test);
+        let suite = built.iter().find(|built| built.is_suite(name));
         let suite = suite.with_context(|| format!("cargo did not build {name}"))?;
         let dir = suite.manifest_path.parent().unwrap_or(Path::new("/"));
         let (dir, program) = (dir.display(), suite.executable.display());
@@ -92,9 +92,18 @@ struct Built {
     profile: Profile,
 }
 
+impl Built {
+    /// Whether it has the tests of the library, or of the file in `tests/`, of that name.
+    fn is_suite(&self, name: &str) -> bool {
+        let of_program = self.target.kind.iter().any(|kind| kind == "bin");
+        self.target.name == name && self.profile.test && !of_program
+    }
+}
+
 #[derive(Deserialize)]
 struct Target {
     name: String,
+    kind: Vec<String>,
 }
 
 #[derive(Deserialize)]
