@@ -3,7 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 
-use crate::build::{cargo, need_root, show};
+use crate::build::{cargo, show};
+use crate::setup::prepare;
 
 #[derive(Args)]
 pub struct Options {
@@ -17,7 +18,7 @@ pub struct Options {
 /// # Errors
 /// When something does not build or a test fails.
 pub fn test(options: &Options) -> Result<()> {
-    need_root()?;
+    prepare()?;
     // `cargo test` builds a package's programs for its own tests only; the suites run `pclive` too.
     show(&mut cargo(["build", "--workspace", "--bins", "--exclude", "xtask"]))?;
     let mut test = cargo(["test"]);

@@ -37,8 +37,9 @@ use self::matrix::{Group, Mover};
 use self::obstacles::{Machine, destination_mib};
 use self::provenance::Provenance;
 use self::results::{Measured, Results};
-use crate::build::{need_root, release_programs};
+use crate::build::release_programs;
 use crate::interrupt::{self, stop_on_interrupt};
+use crate::setup::prepare;
 
 /// Measures what is asked for, prints the tables and writes the files.
 ///
@@ -49,7 +50,7 @@ pub fn bench(options: &Options) -> Result<()> {
         let directory = Directory::new(&options.out)?;
         return show(&directory.load()?, &directory);
     }
-    need_root()?;
+    prepare()?;
     let groups = options.groups();
     ensure!(!groups.is_empty(), "no cell has such a name: see --list");
     let programs = release_programs(options.programs.as_deref())?;

@@ -11,12 +11,13 @@ use pclive_tests::lab::BitRate;
 use pclive_tests::load::{Gap, LoadSpec, Service};
 use pclive_tests::scene::Network;
 
-use crate::build::{need_root, release_programs};
+use crate::build::release_programs;
 use crate::experiment::{
     Experiment, Measurement, blackout_start_us, container_mib, gap, migration_span_us, rate_before,
     rate_during,
 };
 use crate::interrupt::remove_labs_on_interrupt;
+use crate::setup::prepare;
 
 #[derive(Args)]
 pub struct Options {
@@ -60,7 +61,7 @@ pub struct Options {
 /// # Errors
 /// When it did not move, or a client got a wrong answer.
 pub fn run(options: &Options) -> Result<()> {
-    need_root()?;
+    prepare()?;
     remove_labs_on_interrupt()?;
     let programs = release_programs(options.programs.as_deref())?;
     let experiment = options.experiment();

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::build::{need_root, show};
 
@@ -28,12 +28,37 @@ const PACKAGES: [&str; 11] = [
 /// Debian asks this program before it starts an installed service; 101 forbids it.
 const POLICY: &str = "/usr/sbin/policy-rc.d";
 
-/// Installs what is missing.
+/// Installs what is missing, and says so.
 ///
 /// # Errors
-/// When not run as root, or a package cannot be installed.
+/// When not run as root, on another system than Debian, or when a package cannot be installed.
 pub fn setup() -> Result<()> {
     need_root()?;
+    ensure!(
+        is_debian(),
+        "this is no Debian: install {}, and a toolchain for eBPF yourself",
+        PACKAGES.join(", ")
+    );
+    install_missing()?;
+    println!("everything is installed");
+    Ok(())
+}
+
+/// What every command that needs the programs and packages does first: the same, but on other systems it trusts that
+/// everything is there.
+///
+/// # Errors
+/// When not run as root, or when a package cannot be installed.
+pub fn prepare() -> Result<()> {
+    need_root()?;
+    if is_debian() { install_missing() } else { Ok(()) }
+}
+
+fn is_debian() -> bool {
+    Path::new("/usr/bin/apt-get").exists()
+}
+
+fn install_missing() -> Result<()> {
     let missing: Vec<_> = PACKAGES.into_iter().filter(|package| !is_installed(package)).collect();
     if !missing.is_empty() {
         println!("installing {}", missing.join(" "));
@@ -41,9 +66,7 @@ pub fn setup() -> Result<()> {
         show(apt_get().args(["update", "--quiet=2"]))?;
         show(apt_get().args(["install", "--yes", "--quiet=2", "--no-install-recommends"]).args(missing))?;
     }
-    ebpf::install_ebpf_toolchain()?;
-    println!("everything is installed");
-    Ok(())
+    ebpf::install_ebpf_toolchain()
 }
 
 fn apt_get() -> Command {

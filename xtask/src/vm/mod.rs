@@ -15,7 +15,8 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::Deserialize;
 
-use crate::build::{cargo, need_root, output, show, workspace};
+use crate::build::{cargo, output, show, workspace};
+use crate::setup::prepare;
 use kernel::Kernel;
 use machine::Machine;
 
@@ -51,7 +52,7 @@ const SUITES: [(&str, &str); 6] = [
 /// # Errors
 /// When it does not boot, or a test fails.
 pub fn vm(options: &Options) -> Result<()> {
-    need_root()?;
+    prepare()?;
     let dir = workspace().join("target/vm").join(&options.debian);
     std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     let kernel = Kernel::of_release(&options.debian, &dir.join("kernel"))?;
