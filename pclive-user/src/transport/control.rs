@@ -44,7 +44,8 @@ pub type DestinationChannel = ControlChannel<DestinationMessage, SourceMessage>;
 pub struct ControlChannel<Out, In> {
     stream: TcpStream,
     peer: SocketAddr,
-    cancellation: Option<Cancellation>,
+    /// What ends waiting for messages.
+    cancellations: Vec<Cancellation>,
     /// Received and not yet decoded.
     inbox: Vec<u8>,
     messages: PhantomData<fn(Out) -> In>,
@@ -55,8 +56,8 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
     pub(super) fn new(stream: TcpStream, peer: SocketAddr, cancellation: Cancellation) -> Result<Self> {
         configure(&stream, peer, PEER_SILENCE)?;
         stream.set_nonblocking(true).map_err(socket("configure the connection to", peer))?;
-        let cancellation = Some(cancellation);
-        Ok(Self { stream, peer, cancellation, inbox: Vec::new(), messages: PhantomData })
+        let cancellations = vec![cancellation];
+        Ok(Self { stream, peer, cancellations, inbox: Vec::new(), messages: PhantomData })
     }
 
     /// The other end.
@@ -64,10 +65,15 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
         self.peer
     }
 
+    /// Has this end waiting for messages, too, with [`Error::Cancelled`].
+    pub fn cancelled_by(&mut self, cancellation: Cancellation) {
+        self.cancellations.push(cancellation);
+    }
+
     /// Lets nothing interrupt [`ControlChannel::recv`] from now on: for the time behind the point of no return, and for
     /// hearing the peer out after a cancellation.
     pub fn shield(&mut self) {
-        self.cancellation = None;
+        self.cancellations.clear();
     }
 
     /// Sends a message; returns when the kernel has all of it.
@@ -84,7 +90,7 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
             match self.stream.write(rest) {
                 Ok(sent) => rest = &rest[sent..],
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    if !self.wait(PollFlags::POLLOUT, deadline, None)? {
+                    if !self.wait(PollFlags::POLLOUT, deadline, &[])? {
                         return Err(Error::TimedOut { what: "progress in sending", peer, limit: SENDING });
                     }
                 }
@@ -102,8 +108,7 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
             if let Some(message) = self.try_recv()? {
                 return Ok(message);
             }
-            let cancellation = self.cancellation.clone();
-            if !self.wait(PollFlags::POLLIN, deadline, cancellation.as_ref())? {
+            if !self.wait(PollFlags::POLLIN, deadline, &self.cancellations)? {
                 return Err(Error::TimedOut { what: "message", peer: self.peer, limit });
             }
         }
@@ -135,7 +140,7 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
         while open {
             open = match self.read_some() {
                 Ok(true) => true,
-                Ok(false) => self.wait(PollFlags::POLLIN, deadline, None).unwrap_or(false),
+                Ok(false) => self.wait(PollFlags::POLLIN, deadline, &[]).unwrap_or(false),
                 Err(_) => false,
             };
             self.inbox.clear();
@@ -178,18 +183,11 @@ impl<Out: Message, In: Message> ControlChannel<Out, In> {
     }
 
     /// Waits until the socket is ready; `false` at the deadline.
-    fn wait(
-        &self,
-        events: PollFlags,
-        deadline: Instant,
-        cancellation: Option<&Cancellation>,
-    ) -> Result<bool> {
+    fn wait(&self, events: PollFlags, deadline: Instant, cancellations: &[Cancellation]) -> Result<bool> {
         let mut fds = vec![PollFd::new(self.stream.as_fd(), events)];
-        fds.extend(cancellation.map(Cancellation::poll_fd));
+        fds.extend(cancellations.iter().map(Cancellation::poll_fd));
         loop {
-            if let Some(cancellation) = cancellation {
-                cancellation.check()?;
-            }
+            cancellations.iter().try_for_each(Cancellation::check)?;
             let left = deadline.saturating_duration_since(Instant::now());
             // Rounded up: a wait must not become a loop of zero milliseconds.
             let timeout = PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);

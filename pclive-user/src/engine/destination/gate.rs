@@ -7,7 +7,7 @@
 use crate::engine::background::Background;
 use crate::policy::mode::{applies_on_arrival, backlog_is_due};
 use crate::restore::skeleton::SharedPlacements;
-use crate::transport::{Batch, PageEvent, PageReceiver};
+use crate::transport::{Batch, Cancellation, PageEvent, PageReceiver};
 use pclive_wire::control::{ApplyMode, RoundSummary};
 use pclive_wire::page_frame::RunKind;
 use pclive_wire::{NsPid, PageRange, Round};
@@ -37,6 +37,14 @@ pub enum PageError {
     Closed,
 }
 
+impl PageError {
+    /// Whether the source has gone, or cannot be reached: the control stream tells that, too, and why.
+    fn is_disconnection(&self) -> bool {
+        use crate::transport::Error;
+        matches!(self, Self::Transport(Error::Closed(_) | Error::Socket { .. }))
+    }
+}
+
 /// What the streams of one migration share.
 #[derive(Debug)]
 pub struct Gate {
@@ -45,6 +53,8 @@ pub struct Gate {
     placements: SharedPlacements,
     state: Mutex<State>,
     changed: Condvar,
+    /// Cancelled when a stream fails, unless the source has gone.
+    failed: Cancellation,
 }
 
 #[derive(Debug, Default)]
@@ -65,12 +75,19 @@ struct State {
 }
 
 impl Gate {
-    /// A gate that is closed for every round.
-    pub fn new(apply: ApplyMode, restore_from: Round, placements: SharedPlacements) -> Self {
-        Self { apply, restore_from, placements, state: Mutex::default(), changed: Condvar::new() }
+    /// A gate that is closed for every round. A failure here cancels `failed`: whoever waits for the source's next message
+    /// would wait for long, because the source waits for its pages to be taken.
+    pub fn new(
+        apply: ApplyMode,
+        restore_from: Round,
+        placements: SharedPlacements,
+        failed: Cancellation,
+    ) -> Self {
+        Self { apply, restore_from, placements, state: Mutex::default(), changed: Condvar::new(), failed }
     }
 
-    /// Takes everything that a stream brings, until it is closed. Failures are kept for [`Gate::wait_for_round`].
+    /// Takes everything that a stream brings, until it is closed. Failures are kept for [`Gate::wait_for_round`] and
+    /// [`Gate::failure`].
     pub fn run(&self, mut stream: PageReceiver) {
         let (mut nice, mut background) = (0, None);
         loop {
@@ -90,15 +107,26 @@ impl Gate {
                 }
             });
             if let Err(error) = result {
-                let mut state = self.lock();
-                if !state.closed {
-                    state.failure.get_or_insert(error);
-                    state.closed = true;
-                }
-                self.changed.notify_all();
-                return;
+                return self.fail(error);
             }
         }
+    }
+
+    fn fail(&self, error: PageError) {
+        let mut state = self.lock();
+        if !state.closed {
+            if !error.is_disconnection() {
+                self.failed.cancel();
+            }
+            state.failure = Some(error);
+            state.closed = true;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Why a stream has failed, once.
+    pub fn failure(&self) -> Option<PageError> {
+        self.lock().failure.take()
     }
 
     /// Lets the pages of `round` in, to be placed as far behind other work as `nice` says. What waits for processes that
@@ -244,7 +272,8 @@ mod tests {
         let (map, memory, start) = placement();
         let placements = SharedPlacements::default();
         placements.write().unwrap().insert(PID, memory);
-        let gate = Gate::new(ApplyMode::OnArrival, Round(3), placements.clone());
+        let failed = Cancellation::new().unwrap();
+        let gate = Gate::new(ApplyMode::OnArrival, Round(3), placements.clone(), failed);
         gate.open(Round(0), 0);
         gate.take(Batch::of_pages(PID, Round(0), start, &vec![1; 2 * page])).unwrap();
         let memory = placements.write().unwrap().remove(&PID).unwrap();
@@ -259,5 +288,20 @@ mod tests {
         let patched =
             placements.read().unwrap()[&PID].patch(second, BlockMask::new(1).unwrap(), &[3; BLOCK_LEN]);
         patched.expect_err("nothing was placed there");
+    }
+
+    #[test]
+    fn a_failure_ends_waiting_for_the_source_but_its_going_does_not() {
+        let peer = "127.0.0.1:1".parse().unwrap();
+        let place = || PageError::Late(Round(0), Duration::ZERO);
+        let gone = || PageError::Transport(crate::transport::Error::Closed(peer));
+        for (error, interrupts) in [(place(), true), (gone(), false)] {
+            let failed = Cancellation::new().unwrap();
+            let gate = Gate::new(ApplyMode::OnArrival, Round(0), SharedPlacements::default(), failed.clone());
+            gate.fail(error);
+            gate.fail(PageError::Closed);
+            assert_eq!(failed.is_cancelled(), interrupts);
+            assert!(!matches!(gate.failure(), Some(PageError::Closed) | None), "the first one counts");
+        }
     }
 }

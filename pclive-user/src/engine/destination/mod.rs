@@ -36,7 +36,7 @@ use crate::restore::Sandbox;
 use crate::restore::files::{FileError, OpenedFiles, open_files};
 use crate::restore::skeleton::{Skeleton, SkeletonError};
 use crate::runtime::{Bundle, BundleError, ContainerId, LinkError, Links, Room, Runtime, RuntimeError};
-use crate::transport::{self, DestinationChannel, Hangup, Incoming, PageReceiver};
+use crate::transport::{self, Cancellation, DestinationChannel, Hangup, Incoming, PageReceiver};
 use gate::Gate;
 use nix::fcntl::{OFlag, open};
 use nix::sys::resource::UsageWho;
@@ -153,7 +153,9 @@ impl Destination {
         let built = session
             .streams(PAGE_STREAMS, &mut peer.channel)
             .map_err(DestinationError::from)
-            .and_then(|receivers| Building::start(self.runtime.as_ref(), &bundle, &proposal, receivers))
+            .and_then(|receivers| {
+                Building::start(self.runtime.as_ref(), &bundle, &proposal, receivers, &mut peer.channel)
+            })
             .and_then(|building| building.run(&mut peer));
         match built {
             Ok(restore_us) => Ok(Ended::Running { restore_us }),
@@ -282,6 +284,7 @@ impl<'a> Building<'a> {
         bundle: &'a Bundle,
         proposal: &Proposal,
         receivers: Vec<PageReceiver>,
+        channel: &mut DestinationChannel,
     ) -> Result<Self, DestinationError> {
         let mut clock = Clock::start(Side::Destination);
         clock.enter("sandbox");
@@ -290,7 +293,10 @@ impl<'a> Building<'a> {
         links.take_down()?;
         clock.enter("rounds");
         let skeleton = Skeleton::adopt(sandbox)?;
-        let gate = Arc::new(Gate::new(proposal.apply, proposal.restore_from, skeleton.placements()));
+        let failed = Cancellation::new()?;
+        channel.cancelled_by(failed.clone());
+        let placements = skeleton.placements();
+        let gate = Arc::new(Gate::new(proposal.apply, proposal.restore_from, placements, failed));
         let (skeleton, streams) = (Some(skeleton), Vec::new());
         let mut building = Self { runtime, bundle, clock, skeleton, links, gate, streams, files: None };
         for receiver in receivers {
@@ -313,7 +319,7 @@ impl<'a> Building<'a> {
     /// Follows the source's messages to the end. Returns `restore_us`.
     fn run(mut self, peer: &mut Peer) -> Result<u64, DestinationError> {
         let last = loop {
-            match peer.recv()? {
+            match self.recv(peer)? {
                 SourceMessage::Manifest(manifest) if manifest.last => break manifest,
                 SourceMessage::Manifest(manifest) => self.reconcile(&manifest, &mut peer.channel)?,
                 SourceMessage::RoundEnd(sent) => self.end_round(sent, peer)?,
@@ -326,9 +332,19 @@ impl<'a> Building<'a> {
         peer.note(DestinationEvent::Built)?;
         self.clock.enter("wait for commit");
         while *peer.handoff.state() == DestinationState::Ready {
-            peer.recv()?;
+            self.recv(peer)?;
         }
         self.resume(peer, received)
+    }
+
+    /// The source's next message; or why its pages cannot be taken.
+    fn recv(&self, peer: &mut Peer) -> Result<SourceMessage, DestinationError> {
+        peer.recv().map_err(|error| match error {
+            DestinationError::Transport(transport::Error::Cancelled) => {
+                self.gate.failure().map_or(error, DestinationError::from)
+            }
+            other => other,
+        })
     }
 
     fn reconcile(
