@@ -23,10 +23,20 @@ pub enum HostError {
     /// There is no vDSO (`vdso=0` on the kernel's command line).
     #[error("this host has no vDSO")]
     NoVdso,
+    /// Whether all memory can be accessed could not be found out.
+    #[error("try to write to protected memory")]
+    Memory(#[source] pclive_sys::Error),
+    /// Memory that processes have protected from themselves would be lost.
+    #[error(
+        "this kernel gives pclive no access to memory that a process has protected from itself: boot it with \
+         proc_mem.force_override=always"
+    )]
+    ProtectedMemory,
 }
 
-/// Describes this host.
+/// Describes this host; an error if it cannot take part in a migration.
 pub fn facts() -> Result<HostFacts, HostError> {
+    accesses_all_memory()?;
     let uname = nix::sys::utsname::uname().map_err(HostError::Uname)?;
     let cpus = procfs::CpuInfo::current().map_err(|e| HostError::Proc("/proc/cpuinfo", e))?;
     let xstate = pclive_sys::cpu::extended_state();
@@ -39,6 +49,14 @@ pub fn facts() -> Result<HostFacts, HostError> {
         xstate_size: xstate.size,
         vdso_hash: vdso_hash()?,
     })
+}
+
+/// An error unless pclive can read and write all memory of containers, whatever its protection.
+pub fn accesses_all_memory() -> Result<(), HostError> {
+    match pclive_sys::mem::ignores_protection().map_err(HostError::Memory)? {
+        true => Ok(()),
+        false => Err(HostError::ProtectedMemory),
+    }
 }
 
 /// Whether the capability with this number (capabilities(7)) is in the effective set of this process.

@@ -5,8 +5,13 @@
 //! All of that memory is then there twice. Worse, the copy is not marked dirty (`wp_page_copy` in mm/memory.c, as of Linux
 //! 6.18): if the process forks again and the child gives the memory back by `MADV_FREE`, the kernel takes the page to be
 //! worthless to both, and what the process had in it is lost with the next reclaim.
+//!
+//! It also reaches what the process itself must not read or write now (`FOLL_FORCE`). Since Linux 6.12 a kernel may be built
+//! or booted to allow that to tracers only, or to nobody ([`ignores_protection`]): what a process has protected from itself
+//! would seem to be missing there.
 
 use crate::{Error, Result};
+use memmap2::MmapMut;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -97,6 +102,23 @@ impl ProcessMemory {
             }
         }
         Ok(missing)
+    }
+}
+
+/// Whether memory is accessible here whatever its protection is (`proc_mem_foll_force` in fs/proc/base.c).
+///
+/// # Errors
+/// When that cannot be tried with memory of our own.
+pub fn ignores_protection() -> Result<bool> {
+    let failed = |source| Error::Memory { access: "map", pid: HostPid(0), addr: VirtAddr(0), source };
+    let page = MmapMut::map_anon(PAGE_SIZE as usize).and_then(MmapMut::make_read_only).map_err(failed)?;
+    // As it is already.
+    let written =
+        ProcessMemory::open(HostPid(std::process::id() as i32))?.write(VirtAddr(page.as_ptr() as u64), &[0]);
+    match written {
+        Ok(()) => Ok(true),
+        Err(Error::Memory { source, .. }) if source.raw_os_error() == Some(libc::EIO) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -29,6 +29,8 @@ pub struct Machine<'a> {
     pub kernel: &'a Kernel,
     /// Where its kernel's modules are in `kernel`, and where it finds its commands.
     pub dir: &'a Path,
+    /// Further parameters of its kernel.
+    pub append: &'a str,
     /// Its memory.
     pub memory_mib: u64,
     /// How long it may run.
@@ -61,7 +63,8 @@ impl Machine<'_> {
                 .arg(&self.kernel.image)
                 .arg("-append")
                 .arg(format!(
-                    "console=ttyS0 quiet panic=-1 rootfstype=virtiofs root=files ro init={init} -- {dir}"
+                    "console=ttyS0 quiet panic=-1 rootfstype=virtiofs root=files ro {} init={init} -- {dir}",
+                    self.append
                 ))
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())

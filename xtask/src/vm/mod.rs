@@ -32,6 +32,9 @@ pub struct Options {
     /// How long it may take, in minutes
     #[arg(long, default_value_t = 30)]
     patience: u64,
+    /// Further parameters of the kernel, such as `proc_mem.force_override=always`, which newer kernels of Debian need
+    #[arg(long, default_value = "")]
+    append: String,
     /// What to run instead of the tests, such as `target/debug/pclive check`
     #[arg(last = true)]
     command: Vec<String>,
@@ -59,7 +62,8 @@ pub fn vm(options: &Options) -> Result<()> {
     let commands = if options.command.is_empty() { tests()? } else { options.command.join(" ") };
     println!("booting Linux {}", kernel.release);
     let patience = Duration::from_secs(options.patience * 60);
-    let machine = Machine { kernel: &kernel, dir: &dir, memory_mib: options.memory, patience };
+    let machine =
+        Machine { kernel: &kernel, dir: &dir, memory_mib: options.memory, append: &options.append, patience };
     let status = machine.run(&format!("cd {}\n{commands}\n", workspace().display()))?;
     ensure!(status == 0, "on Linux {} it ended with status {status}", kernel.release);
     Ok(())

@@ -1,6 +1,6 @@
 //! The questions that `pclive check` asks a host.
 
-use crate::host::has_capability;
+use crate::host::{accesses_all_memory, has_capability};
 use crate::track::{Tier, observer::ObserveError};
 use anyhow::{Context, Result, bail, ensure};
 use pclive_sys::{
@@ -45,6 +45,11 @@ pub const PROBES: &[Probe] = &[
     need("kernel", "pclive knows the registers and system calls of x86-64 Linux only", kernel),
     need("asynchronous write-protect", "writes cannot be tracked, in no tier (Linux 6.7)", write_protect),
     need("PAGEMAP_SCAN", "the pages that were written cannot be listed (Linux 6.7)", pagemap_scan),
+    need(
+        "protected memory",
+        "what a process has protected from itself would be lost (proc_mem.force_override, Linux 6.12)",
+        protected_memory,
+    ),
     want("tracker fentry", "the next tier is used; writes through get_user_pages show in scans only", fentry),
     want(
         "tracker tracepoint",
@@ -91,6 +96,11 @@ fn kernel() -> Result<String> {
 fn write_protect() -> Result<String> {
     Uffd::of_self(Features::TRACKING)?;
     Ok("userfaultfd with WP_ASYNC and WP_UNPOPULATED".into())
+}
+
+fn protected_memory() -> Result<String> {
+    accesses_all_memory()?;
+    Ok("wrote to a page of pclive's own that must not be written".into())
 }
 
 fn pagemap_scan() -> Result<String> {
