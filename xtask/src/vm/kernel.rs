@@ -10,8 +10,9 @@ use crate::build::{output, show};
 
 /// It has drivers for virtual machines only, and is a third as large as the others.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
-
 const IMAGE: &str = "linux-image-";
+/// Debian's keys.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A kernel that was unpacked.
 pub struct Kernel {
@@ -89,9 +90,6 @@ fn fetch(debian: &str, dir: &Path) -> Result<()> {
     }
     show(Command::new("depmod").arg("--basedir").arg(dir.join("kernel")).arg(release))
 }
-
-/// Debian's keys.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Where this machine has its Debian packages from.
 fn repository() -> Result<String> {

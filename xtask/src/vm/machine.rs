@@ -51,33 +51,34 @@ impl Machine<'_> {
         let socket = room.path().join("files");
         let socket = plain(&socket)?;
         let _files = share_files(socket)?;
-        let memory = format!("{}M", self.memory_mib);
-        let mut qemu = Stopped(
-            bound_to_us("qemu-system-x86_64")
-                .args(["-accel", ACCELERATOR, "-cpu", CPU, "-smp", "2", "-m", &memory])
-                .args(["-object", &format!("memory-backend-memfd,id=memory,size={memory},share=on")])
-                .args(["-numa", "node,memdev=memory", "-nodefaults", "-nographic", "-no-reboot"])
-                .args(["-chardev", &format!("socket,id=files,path={socket}")])
-                .args(["-device", "vhost-user-fs-pci,chardev=files,tag=files", "-serial", "stdio"])
-                .arg("-kernel")
-                .arg(&self.kernel.image)
-                .arg("-append")
-                .arg(format!(
-                    "console=ttyS0 quiet panic=-1 rootfstype=virtiofs root=files ro {} init={init} -- {dir}",
-                    self.append
-                ))
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped())
-                .spawn()
-                .context("start qemu-system-x86_64")?,
-        );
-        let console = qemu.0.stdout.take().context("QEMU has an output")?;
-        let (lines, console) = (BufReader::new(console).split(b'\n'), channel());
+        let qemu = self.qemu(socket, &format!("init={init} -- {dir}")).spawn();
+        let mut qemu = Stopped(qemu.context("start qemu-system-x86_64")?);
+        let output = qemu.0.stdout.take().context("QEMU has an output")?;
+        let (lines, console) = channel();
         std::thread::spawn(move || {
             // Until nobody listens any more.
-            lines.map_while(Result::ok).try_for_each(|line| console.0.send(line))
+            BufReader::new(output).split(b'\n').map_while(Result::ok).try_for_each(|line| lines.send(line))
         });
-        follow(&console.1, Instant::now() + self.patience)
+        follow(&console, Instant::now() + self.patience)
+    }
+
+    /// QEMU with the files that are served at `socket`, and parameters of the kernel that say what to start.
+    fn qemu(&self, socket: &str, start: &str) -> Command {
+        let memory = format!("{}M", self.memory_mib);
+        let append = self.append;
+        let mut qemu = bound_to_us("qemu-system-x86_64");
+        qemu.args(["-accel", ACCELERATOR, "-cpu", CPU, "-smp", "2", "-m", &memory])
+            .args(["-object", &format!("memory-backend-memfd,id=memory,size={memory},share=on")])
+            .args(["-numa", "node,memdev=memory", "-nodefaults", "-nographic", "-no-reboot"])
+            .args(["-chardev", &format!("socket,id=files,path={socket}")])
+            .args(["-device", "vhost-user-fs-pci,chardev=files,tag=files", "-serial", "stdio"])
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-append")
+            .arg(format!("console=ttyS0 quiet panic=-1 rootfstype=virtiofs root=files ro {append} {start}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        qemu
     }
 }
 
