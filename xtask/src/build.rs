@@ -1,5 +1,7 @@
 //! Running cargo on this workspace.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -24,6 +26,24 @@ pub fn show(command: &mut Command) -> Result<()> {
         bail!("{command:?}: {status}");
     }
     Ok(())
+}
+
+/// Builds the programs that the suites run: `cargo test` builds a package's programs for its own tests only.
+///
+/// # Errors
+/// When they do not build.
+pub fn build_programs() -> Result<()> {
+    show(&mut cargo(["build", "--workspace", "--bins", "--exclude", "xtask"]))
+}
+
+/// Writes a program that the kernel can start.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_program(path: &Path, text: &str) -> Result<()> {
+    let failed = || format!("write {}", path.display());
+    fs::write(path, text).with_context(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).with_context(failed)
 }
 
 /// What a command prints; its errors are the user's to see.

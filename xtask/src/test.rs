@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 
-use crate::build::{cargo, show};
+use crate::build::{build_programs, cargo, show};
 use crate::setup::prepare;
 
 #[derive(Args)]
@@ -19,8 +19,7 @@ pub struct Options {
 /// When something does not build or a test fails.
 pub fn test(options: &Options) -> Result<()> {
     prepare()?;
-    // `cargo test` builds a package's programs for its own tests only; the suites run `pclive` too.
-    show(&mut cargo(["build", "--workspace", "--bins", "--exclude", "xtask"]))?;
+    build_programs()?;
     let mut test = cargo(["test"]);
     if !options.cargo_test.iter().any(|argument| argument == "-p" || argument.starts_with("--package")) {
         // Doctests and suites that fail do not keep the others from running.

@@ -2,7 +2,7 @@
 
 use super::files::OpenedFiles;
 use super::memory::Placement;
-use super::timers::{self, OutOfReach, TimerIds};
+use super::timers::OutOfReach;
 use super::vmas::{drop_pages, move_specials, remap, unmap};
 use super::{descriptors, process as process_state, threads};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -294,10 +294,7 @@ impl Parked {
         let state = process.state.as_ref().ok_or(ParkedError::Incomplete(process.pid))?;
         self.install_descriptors(state, files)?;
         let (_, spare) = descriptors::spare_fds(&state.fds);
-        self.run(&process_state::state_script(process, state, spare))?;
-        if !state.timers.is_empty() {
-            self.run(&timers::script(&state.timers, TimerIds::here())?)?;
-        }
+        self.run(&process_state::state_script(process, state, spare)?)?;
         self.write_oom_score_adj(state.oom_score_adj)?;
         for thread in &process.threads {
             let tracee = self.thread(thread.tid)?;

@@ -1,12 +1,13 @@
-//! What belongs to a whole process: address-space bounds, limits, signal actions, interval timers, working directory.
+//! What belongs to a whole process: address-space bounds, limits, signal actions, timers, working directory.
 
 use super::threads::queue_signal;
+use super::timers::{self, OutOfReach, TimerIds};
 use pclive_sys::script::{Arg, Script};
-use pclive_wire::manifest::{ItimerSpec, MmBounds, Process, ProcessState, SigAction};
+use pclive_wire::manifest::{MmBounds, Process, ProcessState, SigAction};
 
 /// What the leader must call for the process, apart from descriptors, threads and credentials. `spare_fd` is a descriptor
 /// number that is not in use.
-pub fn state_script(process: &Process, state: &ProcessState, spare_fd: i32) -> Script {
+pub fn state_script(process: &Process, state: &ProcessState, spare_fd: i32) -> Result<Script, OutOfReach> {
     let mut script = Script::new();
     bounds(&mut script, &process.mm, &process.exe, spare_fd);
     let cwd = script.string(&state.cwd);
@@ -29,9 +30,10 @@ pub fn state_script(process: &Process, state: &ProcessState, spare_fd: i32) -> S
         queue_signal(&mut script, libc::SYS_rt_sigqueueinfo, &[process.pid], info);
     }
     for (which, timer) in state.itimers.iter().enumerate() {
-        itimer(&mut script, which as u64, timer);
+        timers::interval(&mut script, which as u64, timer);
     }
-    script
+    timers::posix(&mut script, &state.timers, TimerIds::here())?;
+    Ok(script)
 }
 
 /// `PR_SET_MM_MAP` with the executable: everything that used the old one must be unmapped before. The structure holds the
@@ -79,20 +81,4 @@ fn sigaction(script: &mut Script, signal: i32, action: &SigAction) {
     let raw = script.data(&words.map(u64::to_ne_bytes).concat());
     let args: [Arg; 4] = [signal.into(), raw.into(), 0.into(), 8.into()];
     script.call(format!("rt_sigaction of signal {signal}"), libc::SYS_rt_sigaction, args);
-}
-
-fn itimer(script: &mut Script, which: u64, timer: &ItimerSpec) {
-    if timer.value_us == 0 && timer.interval_us == 0 {
-        return;
-    }
-    let split = |us: u64| [us / 1_000_000, us % 1_000_000];
-    let words = [split(timer.interval_us), split(due_in(timer.value_us, timer.interval_us))].concat();
-    let raw = script.data(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>());
-    script.call("setitimer", libc::SYS_setitimer, [which.into(), raw.into(), 0.into()]);
-}
-
-/// When a timer expires next. One that has expired, and whose signal is still pending, shows 0 until the signal is taken:
-/// the kernel starts its next interval only then. The signal travels, the next interval begins here.
-pub(super) fn due_in(value: u64, interval: u64) -> u64 {
-    if value > 0 { value } else { interval }
 }

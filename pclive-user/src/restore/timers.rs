@@ -1,13 +1,12 @@
-//! POSIX timers, which a process knows by ids that the kernel chooses.
+//! Interval timers, and POSIX timers, which a process knows by ids that the kernel chooses.
 //!
 //! Since Linux 6.15 a process may name the id (`PR_TIMER_CREATE_RESTORE_IDS`). Before, the kernel counts up from 0 in each
 //! process (`posix_timer_add` in kernel/time/posix-timers.c): the ids in between are used up by timers that are deleted at
 //! once.
 
-use super::process::due_in;
 use pclive_sys::prctl::{PR_TIMER_CREATE_RESTORE_IDS, can_name_timers};
-use pclive_sys::script::{Arg, Script};
-use pclive_wire::manifest::PosixTimer;
+use pclive_sys::script::{Arg, DataRef, Script};
+use pclive_wire::manifest::{ItimerSpec, PosixTimer};
 
 /// How many ids are used up at most, in all of a process: two system calls each, in the blackout.
 const MAX_SKIPPED: i32 = 1024;
@@ -35,19 +34,28 @@ impl TimerIds {
 )]
 pub struct OutOfReach(i32);
 
-/// What a process that never had a timer calls to have these.
-pub fn script(timers: &[PosixTimer], ids: TimerIds) -> Result<Script, OutOfReach> {
-    let mut script = Script::new();
+/// Adds the call that arms interval timer `which` (`ITIMER_*`).
+pub fn interval(script: &mut Script, which: u64, timer: &ItimerSpec) {
+    if let Some(spec) = expiry(script, timer.value_us, timer.interval_us, 1_000_000) {
+        script.call("setitimer", libc::SYS_setitimer, [which.into(), spec.into(), 0.into()]);
+    }
+}
+
+/// Adds what a process that never had a POSIX timer calls to have these.
+pub fn posix(script: &mut Script, timers: &[PosixTimer], ids: TimerIds) -> Result<(), OutOfReach> {
+    if timers.is_empty() {
+        return Ok(());
+    }
     match ids {
         TimerIds::Named => {
-            name_ids(&mut script, true);
-            timers.iter().for_each(|timer| create(&mut script, timer));
-            name_ids(&mut script, false);
+            name_ids(script, true);
+            timers.iter().for_each(|timer| create(script, timer));
+            name_ids(script, false);
         }
-        TimerIds::Counted => count(&mut script, timers)?,
+        TimerIds::Counted => count(script, timers)?,
     }
-    timers.iter().for_each(|timer| arm(&mut script, timer));
-    Ok(script)
+    timers.iter().for_each(|timer| arm(script, timer));
+    Ok(())
 }
 
 fn name_ids(script: &mut Script, on: bool) {
@@ -94,14 +102,20 @@ fn create(script: &mut Script, timer: &PosixTimer) {
 }
 
 fn arm(script: &mut Script, timer: &PosixTimer) {
-    if timer.value_ns == 0 && timer.interval_ns == 0 {
-        return;
+    if let Some(spec) = expiry(script, timer.value_ns, timer.interval_ns, 1_000_000_000) {
+        let args: [Arg; 4] = [timer.id.into(), 0.into(), spec.into(), 0.into()];
+        script.call(format!("timer_settime of {}", timer.id), libc::SYS_timer_settime, args);
     }
-    let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
-    let words = [split(timer.interval_ns), split(due_in(timer.value_ns, timer.interval_ns))].concat();
-    let spec = script.data(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>());
-    let args: [Arg; 4] = [timer.id.into(), 0.into(), spec.into(), 0.into()];
-    script.call(format!("timer_settime of {}", timer.id), libc::SYS_timer_settime, args);
+}
+
+/// The `struct itimerval` or `itimerspec` of a timer, in units of which a second has `per_second`; `None` if it is disarmed.
+///
+/// A timer that has expired, and whose signal is still pending, shows 0 until the signal is taken: the kernel starts its
+/// next interval only then. The signal travels, the next interval begins here.
+fn expiry(script: &mut Script, value: u64, interval: u64, per_second: u64) -> Option<DataRef> {
+    let due_in = if value > 0 { value } else { interval };
+    let words = [interval, due_in].map(|time| [time / per_second, time % per_second]).concat();
+    (due_in > 0).then(|| script.data(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>()))
 }
 
 #[cfg(test)]
@@ -145,6 +159,11 @@ mod tests {
         let mut ids: Vec<i32> = ids.map(|id| id.parse().unwrap()).collect();
         ids.sort();
         ids
+    }
+
+    fn script(timers: &[PosixTimer], ids: TimerIds) -> Result<Script, OutOfReach> {
+        let mut script = Script::new();
+        posix(&mut script, timers, ids).map(|()| script)
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::apt_get;
+use super::apt_install;
 use crate::build::show;
 
 /// Debian's compiler. Not `rustc`, which may be rustup's stable.
@@ -23,7 +23,7 @@ pub fn install_ebpf_toolchain() -> Result<()> {
     let version = match compiler_version() {
         Some(version) => version,
         None => {
-            apt_install(&["rustc-web".into(), "rust-web-src".into()])?;
+            apt_install(&["rustc-web", "rust-web-src"])?;
             compiler_version()
                 .with_context(|| format!("{DEBIAN_RUSTC} has no sources of core after its installation"))?
         }
@@ -34,7 +34,7 @@ pub fn install_ebpf_toolchain() -> Result<()> {
     let llvm = llvm_major(&version).with_context(|| format!("no LLVM version in {version:?}"))?;
     let prefix = format!("/usr/lib/llvm-{llvm}");
     if !Path::new(&prefix).join("include/llvm-c/Core.h").is_file() {
-        apt_install(&[format!("llvm-{llvm}-dev")])?;
+        apt_install(&[&format!("llvm-{llvm}-dev")])?;
     }
     let mut cargo = Command::new("cargo");
     cargo
@@ -72,12 +72,6 @@ fn has_linker() -> bool {
     let cargo_home = env::var_os("CARGO_HOME").map(|home| PathBuf::from(home).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).chain(cargo_home).any(|directory| directory.join("bpf-linker").is_file())
-}
-
-fn apt_install(packages: &[String]) -> Result<()> {
-    println!("installing {}", packages.join(" "));
-    show(apt_get().args(["update", "--quiet=2"]))?;
-    show(apt_get().args(["install", "--yes", "--quiet=2", "--no-install-recommends"]).args(packages))
 }
 
 fn output_of(command: &mut Command) -> Option<String> {

@@ -3,13 +3,12 @@
 mod ebpf;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
-use crate::build::{need_root, show};
+use crate::build::{need_root, show, write_program};
 
 /// What the lab and the suites use.
 const PACKAGES: [&str; 11] = [
@@ -61,12 +60,17 @@ fn is_debian() -> bool {
 fn install_missing() -> Result<()> {
     let missing: Vec<_> = PACKAGES.into_iter().filter(|package| !is_installed(package)).collect();
     if !missing.is_empty() {
-        println!("installing {}", missing.join(" "));
-        let _policy = NoServices::declare()?;
-        show(apt_get().args(["update", "--quiet=2"]))?;
-        show(apt_get().args(["install", "--yes", "--quiet=2", "--no-install-recommends"]).args(missing))?;
+        apt_install(&missing)?;
     }
     ebpf::install_ebpf_toolchain()
+}
+
+/// Installs packages; a server's is not started.
+fn apt_install(packages: &[&str]) -> Result<()> {
+    println!("installing {}", packages.join(" "));
+    let _policy = NoServices::declare()?;
+    show(apt_get().args(["update", "--quiet=2"]))?;
+    show(apt_get().args(["install", "--yes", "--quiet=2", "--no-install-recommends"]).args(packages))
 }
 
 fn apt_get() -> Command {
@@ -90,8 +94,7 @@ impl NoServices {
     fn declare() -> Result<Self> {
         let ours = !Path::new(POLICY).exists();
         if ours {
-            fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
-            fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))?;
+            write_program(Path::new(POLICY), "#!/bin/sh\nexit 101\n")?;
         }
         Ok(Self { ours })
     }

@@ -1,7 +1,8 @@
 //! A virtual machine that has this machine's files, read-only, and another kernel.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::kernel::Kernel;
+use crate::build::write_program;
 
 /// What [`INIT`] prints before it starts the commands, and before their exit status.
 const BEGINS: &str = "pclive-vm: begins";
@@ -45,7 +47,7 @@ impl Machine<'_> {
     pub fn run(&self, commands: &str) -> Result<i32> {
         let init = self.dir.join("init");
         write_program(&init, INIT)?;
-        write_program(&self.dir.join("commands"), commands)?;
+        fs::write(self.dir.join("commands"), commands).context("write the commands")?;
         let (dir, init) = (plain(self.dir)?, plain(&init)?);
         let room = tempfile::tempdir_in(self.dir).context("make a directory for a socket")?;
         let socket = room.path().join("files");
@@ -137,13 +139,6 @@ impl Drop for Stopped {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn write_program(path: &PathBuf, text: &str) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let failed = || format!("write {}", path.display());
-    std::fs::write(path, text).with_context(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).with_context(failed)
 }
 
 /// A path as the kernel's command line and QEMU's options can have it.

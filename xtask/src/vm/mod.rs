@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::Deserialize;
 
-use crate::build::{cargo, output, show, workspace};
+use crate::build::{build_programs, cargo, output, workspace};
 use crate::setup::prepare;
 use kernel::Kernel;
 use machine::Machine;
@@ -71,7 +71,7 @@ pub fn vm(options: &Options) -> Result<()> {
 
 /// Commands that run the suites one after the other, and fail if one does.
 fn tests() -> Result<String> {
-    show(&mut cargo(["build", "--workspace", "--bins", "--exclude", "xtask"]))?;
+    build_programs()?;
     let messages = output(&mut cargo(["test", "--workspace", "--no-run", "--message-format=json"]))?;
     let built: Vec<Built> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let mut commands = String::from("export RUST_BACKTRACE=0 PCLIVE_MOVES=2\nfailed=0\n");
