@@ -5,16 +5,21 @@
 //! nobody's work is more urgent. The kernel weighs a nice value against others of the same group of tasks only (sched(7),
 //! "The autogroup feature", and the cgroup controller `cpu`).
 //!
-//! Where others take all processors, nothing would ever be sent at nice 19: one busy task leaves it 1.4 %. So a thread that
-//! hardly gets to run comes forward again, step by step.
+//! That alone is not enough where there are no idle processors: a thread that had to wait for one pauses after each piece of its
+//! work ([`crate::policy::courtesy`]). And where others take all of them, nothing would ever be sent at nice 19: one busy task
+//! leaves it 1.4 %. So a thread that hardly gets to run comes forward again, step by step.
 
 use crate::host::has_capability;
-use nix::unistd::gettid;
+use crate::policy::courtesy::{is_starved, pause};
+use nix::time::{ClockId, clock_gettime};
 use pclive_sys::thread::{scheduling, set_scheduling};
 use pclive_wire::HostPid;
 use pclive_wire::manifest::Scheduling;
-use procfs::process::{Process, Schedstat};
+use procfs::FromRead;
+use procfs::process::Schedstat;
+use std::fs::File;
 use std::marker::PhantomData;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 /// The calling thread, as `sched_setattr(2)` numbers it.
@@ -26,17 +31,20 @@ const CAP_SYS_NICE: u32 = 23;
 const LOOK: Duration = Duration::from_secs(1);
 /// How far it comes forward at once: about three times the share of a processor.
 const STEP: i32 = 5;
-/// One in so many of the moments in which it wants to run is enough.
-const ENOUGH: u64 = 16;
 
 /// The calling thread steps back behind others as long as this lives.
 #[derive(Debug)]
 pub struct Background {
     usual: Scheduling,
     nice: i32,
-    /// When it looked last, and what it had had by then; `None` if the kernel does not count that.
+    /// `None` if the kernel does not count what a thread waits for: then it neither pauses nor comes forward.
+    meter: Option<Meter>,
+    /// When it looked last whether it gets to run, and what it had had by then.
     looked: Instant,
-    had: Option<Schedstat>,
+    had_then: Had,
+    /// What it had had after its last piece of work.
+    had: Had,
+    paused: Duration,
     /// It is this thread's.
     thread: PhantomData<*const ()>,
 }
@@ -51,27 +59,47 @@ impl Background {
         let usual = Scheduling { cpus: Vec::new(), ..scheduling(SELF, &[]).ok()? };
         let nice = usual.nice.saturating_add(nice.into()).min(19);
         set_scheduling(SELF, &Scheduling { nice, ..usual.clone() }).ok()?;
-        Some(Self { usual, nice, looked: Instant::now(), had: own_schedstat(), thread: PhantomData })
+        let meter = Meter::open();
+        let had = meter.as_ref().and_then(Meter::read).unwrap_or_default();
+        let (looked, paused, thread) = (Instant::now(), Duration::ZERO, PhantomData);
+        Some(Self { usual, nice, meter, looked, had_then: had, had, paused, thread })
     }
 
-    /// Comes forward a step, if it has hardly got to run. To be called often.
-    pub fn insist(&mut self) {
-        if self.looked.elapsed() < LOOK {
-            return;
+    /// To be called after each small piece of work: leaves the processor to others for a while if it had to wait for it, and
+    /// comes forward a step if it has hardly got to run.
+    pub fn give_way(&mut self) {
+        if let Some(has) = self.meter.as_ref().and_then(Meter::read) {
+            self.yield_for(has);
         }
-        let has = own_schedstat();
-        if let (Some(had), Some(has)) = (&self.had, &has)
-            && is_starved(
-                has.sum_exec_runtime.wrapping_sub(had.sum_exec_runtime),
-                has.run_delay.wrapping_sub(had.run_delay),
-            )
-        {
-            let nice = (self.nice - STEP).max(self.usual.nice);
-            if set_scheduling(SELF, &Scheduling { nice, ..self.usual.clone() }).is_ok() {
-                self.nice = nice;
+    }
+
+    fn yield_for(&mut self, has: Had) {
+        if self.looked.elapsed() >= LOOK {
+            let (ran, waited) = has.since(self.had_then);
+            if is_starved(ran, waited, LOOK) {
+                self.come_forward();
             }
+            (self.looked, self.had_then) = (Instant::now(), has);
         }
-        (self.looked, self.had) = (Instant::now(), has);
+        let (ran, waited) = has.since(self.had);
+        let pause = pause(ran, waited);
+        if !pause.is_zero() {
+            std::thread::sleep(pause);
+            self.paused += pause;
+        }
+        self.had = has;
+    }
+
+    /// For how long it has left the processors to others.
+    pub fn paused(&self) -> Duration {
+        self.paused
+    }
+
+    fn come_forward(&mut self) {
+        let nice = (self.nice - STEP).max(self.usual.nice);
+        if set_scheduling(SELF, &Scheduling { nice, ..self.usual.clone() }).is_ok() {
+            self.nice = nice;
+        }
     }
 }
 
@@ -85,19 +113,51 @@ impl Drop for Background {
     }
 }
 
-/// Whether a thread that ran for so many nanoseconds since the last look, and waited so many for a processor, got too little.
-fn is_starved(ran: u64, waited: u64) -> bool {
-    u128::from(waited) > LOOK.as_nanos() / 2 && ran < waited / ENOUGH
+/// What a thread has had so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Had {
+    /// Processor time.
+    ran: Duration,
+    /// Time in which it wanted a processor and had none.
+    waited: Duration,
 }
 
-/// What the calling thread has had, and waited for (`/proc/PID/task/TID/schedstat`, `CONFIG_SCHED_INFO`).
-fn own_schedstat() -> Option<Schedstat> {
-    Process::myself().ok()?.task_from_tid(gettid().as_raw()).ok()?.schedstat().ok()
+impl Had {
+    /// What it ran and waited since it had had `before`.
+    fn since(self, before: Self) -> (Duration, Duration) {
+        (self.ran.saturating_sub(before.ran), self.waited.saturating_sub(before.waited))
+    }
+}
+
+/// Tells what the calling thread has had.
+#[derive(Debug)]
+struct Meter {
+    schedstat: File,
+}
+
+impl Meter {
+    /// `None` without `/proc/thread-self/schedstat` (`CONFIG_SCHED_INFO`, Linux 3.17).
+    fn open() -> Option<Self> {
+        Some(Self { schedstat: File::open("/proc/thread-self/schedstat").ok()? })
+    }
+
+    fn read(&self) -> Option<Had> {
+        let mut text = [0; 128];
+        let len = self.schedstat.read_at(&mut text, 0).ok()?;
+        let waited = Schedstat::from_read(&text[..len]).ok()?.run_delay;
+        // That file also has the processor time, but only up to the last tick.
+        let ran = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).ok()?;
+        Some(Had { ran: ran.into(), waited: Duration::from_nanos(waited) })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
+
+    const SELF_PID: Pid = Pid::from_raw(0);
 
     #[test]
     fn a_thread_has_its_own_priority_back_afterwards() {
@@ -115,22 +175,48 @@ mod tests {
 
     #[test]
     fn a_thread_that_hardly_runs_comes_forward() {
-        const MS: u64 = 1_000_000;
-        for (ran_ms, waited_ms, starved) in
-            [(15, 985, true), (60, 940, false), (1, 200, false), (0, 0, false), (50, 280, false)]
-        {
-            assert_eq!(is_starved(ran_ms * MS, waited_ms * MS), starved, "{ran_ms} {waited_ms}");
-        }
         let mut background = Background::enter(19).expect("tests run as root");
-        let before = own_schedstat().expect("tests run where the kernel counts");
-        background.insist();
+        let starving = Had { waited: background.had.waited + 2 * LOOK, ..background.had };
+        background.yield_for(starving);
         assert_eq!(background.nice, 19, "not yet");
-        // As if it had waited for two seconds since.
-        let run_delay = before.run_delay.wrapping_sub(2 * LOOK.as_nanos() as u64);
-        background.had = Some(Schedstat { run_delay, ..before });
         background.looked -= LOOK;
-        background.insist();
+        background.yield_for(starving);
         assert_eq!(background.nice, 19 - STEP);
         assert_eq!(scheduling(SELF, &[]).unwrap().nice, 19 - STEP);
+        assert_eq!(background.paused(), Duration::ZERO, "it has not had anything");
+    }
+
+    #[test]
+    fn a_thread_that_had_to_wait_pauses_once() {
+        const MS: Duration = Duration::from_millis(1);
+        let mut background = Background::enter(19).expect("tests run as root");
+        let busy = Had { ran: background.had.ran + 2 * MS, waited: background.had.waited + MS };
+        let start = Instant::now();
+        background.yield_for(busy);
+        background.yield_for(busy);
+        assert_eq!(background.paused(), 8 * MS);
+        assert!(start.elapsed() >= 8 * MS);
+    }
+
+    #[test]
+    fn a_thread_knows_what_it_ran_and_waited() {
+        let ours = sched_getaffinity(SELF_PID).unwrap();
+        let mut one = CpuSet::new();
+        one.set((0..CpuSet::count()).find(|&cpu| ours.is_set(cpu) == Ok(true)).unwrap()).unwrap();
+        let share = move || {
+            sched_setaffinity(SELF_PID, &one).unwrap();
+            let meter = Meter::open().expect("tests run where the kernel counts");
+            let before = meter.read().unwrap();
+            let start = Instant::now();
+            // Until both have had their turns: how soon that is, the scheduler knows.
+            while meter.read().unwrap().since(before).1.is_zero() && start.elapsed() < 10 * LOOK {
+                std::hint::spin_loop();
+            }
+            meter.read().unwrap().since(before)
+        };
+        let threads = [(); 2].map(|()| std::thread::spawn(share));
+        for (ran, waited) in threads.map(|thread| thread.join().unwrap()) {
+            assert!(!ran.is_zero() && !waited.is_zero(), "{ran:?} {waited:?}");
+        }
     }
 }

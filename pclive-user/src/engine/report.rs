@@ -61,6 +61,8 @@ pub struct RoundReport {
     pub dirty_pages: u64,
     /// From its begin to the destination having applied it.
     pub duration_us: u64,
+    /// Of it, for how long pclive at the source left busy processors to others.
+    pub paused_us: u64,
 }
 
 /// How zero copy did.

@@ -2,5 +2,6 @@
 
 pub mod bandwidth;
 pub mod convergence;
+pub mod courtesy;
 pub mod hot;
 pub mod mode;

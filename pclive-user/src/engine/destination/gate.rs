@@ -97,7 +97,6 @@ impl Gate {
                 drop(background.take());
                 background = Background::enter(wanted);
             }
-            background.iter_mut().for_each(Background::insist);
             let result = event.map_err(PageError::from).and_then(|event| match event {
                 PageEvent::Batch(batch) => self.take(batch),
                 PageEvent::Barrier(round) => {
@@ -109,6 +108,7 @@ impl Gate {
             if let Err(error) = result {
                 return self.fail(error);
             }
+            background.iter_mut().for_each(Background::give_way);
         }
     }
 

@@ -111,11 +111,12 @@ impl Migration<'_> {
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone(), 0)?;
         self.sender.lift_limit();
-        let outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
+        let (sender, before, round) = (&mut self.sender, &mut self.sent, self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
         let hot = &mut self.hot;
         let (sent, captured) = std::thread::scope(|scope| {
-            let sending = scope.spawn(move || send_last_pages(outgoing, pages, hot));
+            let sending =
+                scope.spawn(move || send_last_pages(Outgoing::new(sender, before, round), pages, hot));
             let captured = capture(layouts, stopped, &mut self.links, &self.container, &mut self.clock);
             self.clock.enter("send last pages");
             (sending.join().expect("sending does not panic"), captured)
@@ -123,7 +124,7 @@ impl Migration<'_> {
         let sent = sent?;
         let (processes, files) = captured?;
         self.end_round(sent)?;
-        self.note_round(sent, dirty_pages, start);
+        self.note_round(sent, dirty_pages, start, Duration::ZERO);
         if !files.transient.is_empty() {
             return Ok(Err(files.transient));
         }

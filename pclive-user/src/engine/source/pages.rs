@@ -1,6 +1,7 @@
 //! Reading and sending the pages of a round.
 
 use super::sent::Sent;
+use crate::engine::background::Background;
 use crate::track::attach::batches;
 use crate::track::digests::Digests;
 use crate::transport::{self, PageSender};
@@ -9,6 +10,7 @@ use pclive_wire::control::RoundSummary;
 use pclive_wire::limits::MAX_BATCH_PAGES;
 use pclive_wire::page_frame::{BlockMask, PageRun, RunKind};
 use pclive_wire::{NsPid, PAGE_SIZE, PageRange, PageSet, Round, VirtAddr};
+use std::time::Duration;
 
 /// Why pages could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -30,13 +32,24 @@ pub enum SendError {
 pub struct Outgoing<'a> {
     sender: &'a mut PageSender,
     before: &'a mut Sent,
+    background: Option<Background>,
     sent: RoundSummary,
 }
 
 impl<'a> Outgoing<'a> {
     /// Begins `round`; of pages that were sent `before`, only what has changed is sent, if that is known.
     pub fn new(sender: &'a mut PageSender, before: &'a mut Sent, round: Round) -> Self {
-        Self { sender, before, sent: RoundSummary::none(round) }
+        Self { sender, before, background: None, sent: RoundSummary::none(round) }
+    }
+
+    /// The same as background work, if there is any background.
+    pub fn in_background(self, background: Option<Background>) -> Self {
+        Self { background, ..self }
+    }
+
+    /// For how long it has left the processors to others.
+    pub fn paused(&self) -> Duration {
+        self.background.as_ref().map_or(Duration::ZERO, Background::paused)
     }
 
     /// Reads and sends pages of the process `pid`.
@@ -52,6 +65,7 @@ impl<'a> Outgoing<'a> {
                 runs.iter().for_each(|run| self.sent.count(run));
                 self.sender.send(pid, &runs, buffer)?;
             }
+            self.background.iter_mut().for_each(Background::give_way);
         }
         Ok(())
     }

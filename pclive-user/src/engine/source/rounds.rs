@@ -74,20 +74,20 @@ impl Migration<'_> {
         let start = Instant::now();
         let (layouts, walks): (Vec<Process>, Vec<Walk>) = self.container.begin_round()?.into_iter().unzip();
         // Not before: processes stand still while they are attached to.
-        let mut background = Background::enter(nice);
+        let background = Background::enter(nice);
         let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
         let expected = expected.map_or_else(|| self.left_to_send(), Ok)?;
         self.progress.round(self.round, expected);
         self.begin_round(layouts, nice)?;
         self.hot.retain(|pid, _| pids.contains(pid));
         let mut dirty_pages = 0;
-        let mut outgoing = Outgoing::new(&mut self.sender, &mut self.sent, self.round);
+        let mut outgoing =
+            Outgoing::new(&mut self.sender, &mut self.sent, self.round).in_background(background);
         for (pid, mut walk) in pids.into_iter().zip(walks) {
             let hot = self.hot.entry(pid).or_insert_with(|| HotPages::new(self.options.hot_rounds));
             let Some(memory) = self.container.memory(pid) else { continue };
             while let Some(pages) = self.container.next_pages(pid, &mut walk, MAX_BATCH_PAGES as u64)? {
                 self.cancellation.check()?;
-                background.iter_mut().for_each(Background::insist);
                 let found = pages.pages();
                 outgoing.pages(pid, &memory, &hot.split(pages))?;
                 self.progress.sent(found);
@@ -95,10 +95,11 @@ impl Migration<'_> {
             }
             outgoing.pages(pid, &memory, &hot.end_round())?;
         }
+        let paused = outgoing.paused();
         let sent = outgoing.end()?;
         self.end_round(sent)?;
         self.observe()?;
-        Ok(self.note_round(sent, dirty_pages, start))
+        Ok(self.note_round(sent, dirty_pages, start, paused))
     }
 
     /// Takes in what the eBPF programs have seen. What they lost costs nothing but detail: the dirty sets come from scans.
@@ -114,7 +115,13 @@ impl Migration<'_> {
     }
 
     /// Adds a round to the report.
-    pub(super) fn note_round(&mut self, sent: RoundSummary, dirty_pages: u64, start: Instant) -> RoundReport {
+    pub(super) fn note_round(
+        &mut self,
+        sent: RoundSummary,
+        dirty_pages: u64,
+        start: Instant,
+        paused: Duration,
+    ) -> RoundReport {
         let before: u64 = self.report.rounds.iter().map(|round| round.bytes).sum();
         let report = RoundReport {
             pages: sent.pages,
@@ -122,6 +129,7 @@ impl Migration<'_> {
             bytes: self.sender.stats().bytes - before,
             dirty_pages,
             duration_us: start.elapsed().as_micros() as u64,
+            paused_us: paused.as_micros() as u64,
         };
         self.report.zero_pages += sent.zero_pages;
         self.report.rounds.push(report);
