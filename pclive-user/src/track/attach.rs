@@ -21,6 +21,7 @@
 use crate::capture::SourceProcess;
 use crate::capture::process::{ProcessError, prepare_injection};
 use crate::capture::vmas::VmaReader;
+use crate::track::last_look;
 use nix::errno::Errno;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pagemap::{Categories, Filter, Pagemap, Region};
@@ -126,6 +127,8 @@ impl TrackedProcess {
     /// Makes a userfaultfd in the address space of `process` and takes it over. The thread group leader is stopped for
     /// that time.
     pub fn attach(process: &SourceProcess) -> Result<Self, TrackError> {
+        // Tried now, so that it is known in the blackout.
+        last_look::is_possible();
         let tracee = Tracee::seize(process.pid, Seize::Source)?;
         tracee.interrupt()?;
         tracee.wait_trap()?;
@@ -226,29 +229,54 @@ impl TrackedProcess {
     /// A round with every thread stopped: nothing is protected, and pages of `sent` that have vanished are found.
     pub fn last_round(&mut self, layout: &[Vma], sent: &PageSet) -> Result<Dirty, TrackError> {
         self.register_all(layout)?;
-        let (mut found, mut there) = (Vec::new(), Vec::new());
-        for vma in layout.iter().filter(|vma| vma.has_own_pages()) {
-            let first = found.len();
-            self.pagemap.scan(vma.range, populated(vma), &mut found)?;
-            let marks = vma.backing != Backing::Anonymous;
-            let is_there = |region: &&Region| !marks || region.categories.has(Categories::PRESENT);
-            there.extend(found[first..].iter().filter(is_there).map(|region| region.range));
-        }
-        let populated: PageSet = there.into_iter().collect();
-        found.retain(|region: &Region| region.categories.has(Categories::WRITTEN));
-        self.populated_of_new(layout, &mut found)?;
-        let written: PageSet = found.iter().map(|region| region.range).collect();
         let of = |anonymous: bool| -> PageSet {
             let wanted = |vma: &&Vma| vma.has_own_pages() && (vma.backing == Backing::Anonymous) == anonymous;
             layout.iter().filter(wanted).map(|vma| vma.range).collect()
         };
+        let (anonymous, of_files) = (of(true), of(false));
         // What is no longer mapped goes away with its mapping.
-        let vanished = sent.difference(&populated);
+        let mut dirty = self.last_of_anonymous(layout, &anonymous, &sent.intersection(&anonymous))?;
+        let (written, there) = self.written_and_there(layout, |vma| vma.backing != Backing::Anonymous)?;
+        let vanished = sent.intersection(&of_files).difference(&there);
+        let mut new = Vec::new();
+        self.populated_of_new(layout, &mut new)?;
+        let new: PageSet = new.iter().map(|region| region.range).collect();
+        dirty.written = dirty.written.union(&written).union(&vanished).union(&new);
         self.layout = layout.to_vec();
-        Ok(Dirty {
-            written: written.union(&vanished.intersection(&of(false))),
-            absent: vanished.intersection(&of(true)),
-        })
+        Ok(dirty)
+    }
+
+    /// Anonymous memory in the last round.
+    fn last_of_anonymous(
+        &self,
+        layout: &[Vma],
+        anonymous: &PageSet,
+        sent: &PageSet,
+    ) -> Result<Dirty, TrackError> {
+        if self.is_tracked() && last_look::is_possible() {
+            return Ok(last_look::look(&self.pagemap, anonymous, sent)?);
+        }
+        let (written, there) = self.written_and_there(layout, |vma| vma.backing == Backing::Anonymous)?;
+        Ok(Dirty { written, absent: sent.difference(&there) })
+    }
+
+    /// Written pages, and all that are there, of some mappings: found by looking at every page.
+    fn written_and_there(
+        &self,
+        layout: &[Vma],
+        wanted: impl Fn(&Vma) -> bool,
+    ) -> Result<(PageSet, PageSet), TrackError> {
+        let (mut found, mut there) = (Vec::new(), Vec::new());
+        for vma in layout.iter().filter(|vma| vma.has_own_pages() && wanted(vma)) {
+            let first = found.len();
+            self.pagemap.scan(vma.range, populated(vma), &mut found)?;
+            // Where a file is mapped, what looks like a page that is swapped out may be a mark that outlived its page.
+            let marks = vma.backing != Backing::Anonymous;
+            let is_there = |region: &&Region| !marks || region.categories.has(Categories::PRESENT);
+            there.extend(found[first..].iter().filter(is_there).map(|region| region.range));
+        }
+        let written = found.iter().filter(|region| region.categories.has(Categories::WRITTEN));
+        Ok((written.map(|region| region.range).collect(), there.into_iter().collect()))
     }
 
     /// Registers everything that can be, in as few ranges as there are between mappings that cannot be: never a part of a
@@ -293,7 +321,8 @@ impl TrackedProcess {
     }
 }
 
-const RESIDENT: Categories = Categories::PRESENT.or(Categories::SWAPPED);
+/// In memory or swapped out.
+pub(super) const RESIDENT: Categories = Categories::PRESENT.or(Categories::SWAPPED);
 
 /// Populated pages of their own, written since they were protected.
 fn written(vma: &Vma) -> Filter {

@@ -4,6 +4,7 @@ pub mod attach;
 pub mod btf;
 pub mod digests;
 pub mod heat;
+mod last_look;
 pub mod observer;
 pub mod tier;
 

@@ -11,10 +11,11 @@
 //! would seem to be missing there.
 
 use crate::{Error, Result};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, UncheckedAdvice};
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 /// The memory of one process.
@@ -103,6 +104,14 @@ impl ProcessMemory {
         }
         Ok(missing)
     }
+}
+
+/// Gives pages of a mapping back to the kernel (`MADV_DONTNEED`): those of anonymous memory are absent, and read as zero.
+pub fn give_back(map: &mut MmapMut, pages: Range<usize>) -> std::io::Result<()> {
+    const PAGE: usize = PAGE_SIZE as usize;
+    // SAFETY: whoever has the mapping exclusively has no references into it that could see its contents change, and any
+    // contents are valid bytes. That the range is one of the mapping memmap2 checks.
+    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, pages.start * PAGE, pages.len() * PAGE) }
 }
 
 /// Whether memory is accessible here whatever its protection is (`proc_mem_foll_force` in fs/proc/base.c).
