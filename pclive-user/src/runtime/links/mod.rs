@@ -19,7 +19,7 @@ mod announce;
 mod netlink;
 mod snapshot;
 
-use netlink::{Netlink, Request};
+use netlink::{Monitor, Netlink, Request};
 use netlink_packet_core::DecodeError;
 use pclive_sys::codicil::Codicil;
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
@@ -129,6 +129,7 @@ pub enum LinkError {
 /// The links of one network namespace.
 pub struct Links {
     netlink: Netlink,
+    monitor: Monitor,
     /// In pclive's own namespace, where the links' peers are.
     host: Netlink,
     packets: PacketSocket,
@@ -164,21 +165,22 @@ impl Links {
             return Err(LinkError::OwnNamespace);
         }
         let host = Netlink::open().map_err(socket_error("netlink"))?;
-        let (netlink, packets, snapshot, detection) = run_in_netns(netns, || {
+        let (netlink, monitor, packets, snapshot, detection) = run_in_netns(netns, || {
             let mut netlink = Netlink::open().map_err(socket_error("netlink"))?;
+            let monitor = Monitor::open().map_err(socket_error("netlink"))?;
             let packets =
                 PacketSocket::for_sending().map_err(|errno| socket_error("packet")(errno.into()))?;
             let snapshot = Snapshot::take(&mut netlink)?;
             let names = snapshot.links.iter().map(|link| link.name.as_str());
             let settings = ["all"].into_iter().chain(names).filter_map(DuplicateDetection::open);
             let detection: Vec<_> = settings.collect::<Result<_, _>>()?;
-            Ok::<_, LinkError>((netlink, packets, snapshot, detection))
+            Ok::<_, LinkError>((netlink, monitor, packets, snapshot, detection))
         })??;
         let mut touched = vec![netlink.as_fd()];
         touched.extend(detection.iter().map(|setting| setting.file.as_fd()));
         touched.extend(freezer.as_ref().map(File::as_fd));
         let will = LastWill::open(&touched).map_err(LinkError::Will)?;
-        Ok(Self { netlink, host, packets, snapshot, down: false, detection, freezer, will })
+        Ok(Self { netlink, monitor, host, packets, snapshot, down: false, detection, freezer, will })
     }
 
     /// Takes every link except `lo` down and remembers what that destroys. Idempotent.
@@ -186,7 +188,9 @@ impl Links {
         if self.down {
             return Ok(());
         }
-        self.snapshot = Snapshot::take(&mut self.netlink)?;
+        if self.monitor.has_changed() {
+            self.snapshot = Snapshot::take(&mut self.netlink)?;
+        }
         self.write_will()?;
         if let Some(freezer) = &self.freezer {
             freezer.write_all_at(b"1", 0).map_err(LinkError::Freeze)?;

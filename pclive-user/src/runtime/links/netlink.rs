@@ -35,6 +35,34 @@ pub(super) struct Request {
     pub accepted: &'static [Errno],
 }
 
+/// Tells of every change of links, addresses and routes in the network namespace of the thread that opened it.
+pub(super) struct Monitor(Socket);
+
+impl Monitor {
+    pub fn open() -> io::Result<Self> {
+        // RTMGRP_LINK, and RTMGRP_*_IFADDR and RTMGRP_*_ROUTE of both address families (linux/rtnetlink.h)
+        const CHANGES: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, CHANGES))?;
+        socket.set_non_blocking(true)?;
+        Ok(Self(socket))
+    }
+
+    /// Whether anything has changed since the last time, or since it was opened: the kernel tells before the call that
+    /// makes a change returns. To be asked before looking at what there is.
+    pub fn has_changed(&self) -> bool {
+        let mut changed = false;
+        loop {
+            match self.0.recv(&mut &mut [0; 64][..], 0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return changed,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Also when there was more to tell than the socket takes (ENOBUFS).
+                _ => changed = true,
+            }
+        }
+    }
+}
+
 /// A socket in the network namespace of the thread that opened it.
 pub(super) struct Netlink {
     socket: Socket,

@@ -179,6 +179,26 @@ fn a_container_that_stays_has_everything_again() {
 }
 
 #[test]
+fn what_was_added_since_the_links_were_opened_comes_back_too() {
+    let lab = Lab::furnished();
+    let mut links = lab.links();
+    // Each is told by a group of its own, and goes when the link goes down.
+    for addition in [
+        "route add 10.9.0.0/16 via 192.0.2.1",
+        "-6 route add 2001:db8:9::/48 via 2001:db8::1",
+        "address add 2001:db8::9/64 dev eth0 nodad",
+    ] {
+        lab.inside(addition);
+        let before = lab.everything();
+        links.take_down().unwrap();
+        assert_ne!(lab.everything(), before);
+        links.restore().unwrap();
+        lab.settle();
+        assert_eq!(lab.everything(), before, "{addition}");
+    }
+}
+
+#[test]
 fn links_whose_pclive_ends_come_back_unless_they_are_to_stay_down() {
     let lab = Lab::furnished();
     let before = lab.everything();
