@@ -1,13 +1,15 @@
 //! What the container's processes have in common: its root, its network namespace and its mounts.
 
+use super::sockets::{SocketError, SocketTables};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstatat};
 use pclive_wire::HostPid;
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 
 /// The surroundings of the container's PID 1, as this host sees them.
 #[derive(Debug)]
@@ -18,6 +20,8 @@ pub struct ContainerEnv {
     pub root: OwnedFd,
     /// The container's network namespace.
     pub netns: OwnedFd,
+    /// The sockets of that namespace.
+    pub sockets: Arc<SocketTables>,
     /// The mounts that the container can see, by id; a file on any other mount came from outside.
     mounts: HashMap<u64, Mount>,
 }
@@ -52,6 +56,9 @@ pub enum EnvError {
         #[source]
         error: std::io::Error,
     },
+    /// The tables of its sockets could not be opened.
+    #[error(transparent)]
+    Sockets(#[from] SocketError),
 }
 
 impl ContainerEnv {
@@ -70,10 +77,12 @@ impl ContainerEnv {
             Ok(text) => text,
             Err(error) => return Err(EnvError::Read { path, error }),
         };
+        let netns = open_path("ns/net", OFlag::O_RDONLY)?;
         Ok(Self {
             init,
             root: open_path("root", OFlag::O_PATH | OFlag::O_DIRECTORY)?,
-            netns: open_path("ns/net", OFlag::O_RDONLY)?,
+            sockets: Arc::new(SocketTables::open(netns.as_fd())?),
+            netns,
             mounts: parse_mounts(&mountinfo),
         })
     }

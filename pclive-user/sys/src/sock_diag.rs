@@ -6,6 +6,9 @@ use nix::sys::socket::SockProtocol;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// The older question (`linux/inet_diag.h`), which alone has an answer for both address families at once: to answer, the
+/// kernel walks through its table of all connections, which takes 0.3 ms if that has 262,144 places.
+const TCPDIAG_GETSOCK: u16 = 18;
 
 /// TCP and unix socket states (`include/net/tcp_states.h`).
 pub mod state {
@@ -93,14 +96,12 @@ impl SockDiag {
     /// # Errors
     /// `ENOENT` if the kernel has no tcp_diag.
     pub fn tcp(&mut self, states: u32) -> nix::Result<Vec<TcpEntry>> {
+        // struct inet_diag_req: family, prefix lengths and extensions, socket id (none of which matters), states, debugging.
+        let mut request = vec![0; 52];
+        request.extend_from_slice(&states.to_ne_bytes());
+        request.resize(60, 0);
         let mut found = Vec::new();
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            // struct inet_diag_req_v2: family, protocol, extensions, pad, states, socket id (all zeros in a dump).
-            let mut request = vec![family as u8, libc::IPPROTO_TCP as u8, 0, 0];
-            request.extend_from_slice(&states.to_ne_bytes());
-            request.resize(56, 0);
-            self.0.dump(SOCK_DIAG_BY_FAMILY, &request, |message| found.extend(parse_tcp(message)))?;
-        }
+        self.0.dump(TCPDIAG_GETSOCK, &request, |message| found.extend(parse_tcp(message)))?;
         Ok(found)
     }
 }

@@ -170,7 +170,7 @@ impl<'a> Describer<'a> {
         codicil: Option<Codicil>,
         found: &'a [Found],
     ) -> Result<Self, FileError> {
-        let sockets = SocketCapture::begin(env.netns.as_fd(), codicil)
+        let sockets = SocketCapture::begin(env.sockets.clone(), codicil)
             .map_err(|error| FileError::Socket { object: "all sockets".into(), error })?;
         Ok(Self {
             processes,

@@ -29,19 +29,23 @@
 //! groups, and who is at the other end of a unix socket for `SO_PEERCRED` (it is pclive).
 
 pub(crate) mod options;
+mod tables;
 mod tcp;
 mod unix;
+
+pub use tables::SocketTables;
 
 use super::Access;
 use nix::errno::Errno;
 use pclive_sys::codicil::{Codicil, Setting};
-use pclive_sys::namespace::{NamespaceError, run_in_netns};
-use pclive_sys::sock_diag::{SockDiag, UnixEntry, state};
+use pclive_sys::namespace::NamespaceError;
+use pclive_sys::sock_diag::{UnixEntry, state};
 use pclive_sys::{sockopt, tcp::Repair};
 use pclive_wire::manifest::{Description, DescriptionKind, TcpState, UnixPeer};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 const SO_NETNS_COOKIE: i32 = 71;
 /// A peer that did not react to so many repetitions is not waited for: the kernel itself would go on for minutes.
@@ -151,10 +155,10 @@ impl Connection {
 /// Captures the sockets of one container, all from the same look at its network namespace's tables.
 #[derive(Debug)]
 pub struct SocketCapture {
+    tables: Arc<SocketTables>,
     unix: HashMap<u32, UnixEntry>,
     /// Connections without a file, for messages.
     unowned: Vec<String>,
-    netns_cookie: Option<u64>,
     connections: Vec<Connection>,
     captured_unix: HashSet<u32>,
     provision: Provision,
@@ -180,40 +184,27 @@ impl Provision {
 }
 
 impl SocketCapture {
-    /// Reads the tables of the container's network namespace: after the freeze and with the links down, or for a survey.
+    /// Reads the `tables` of the container's network namespace: after the freeze and with the links down, or for a survey.
     ///
     /// Sockets of a frozen container are changed while they are read. With a `codicil` they are as before even if pclive
     /// is killed at that moment.
     ///
     /// # Errors
     /// [`SocketError::Tables`] if the kernel has no sock_diag.
-    pub fn begin(netns: BorrowedFd<'_>, codicil: Option<Codicil>) -> Result<Self, SocketError> {
-        run_in_netns(netns, || Self::read_tables(Provision(codicil)))?
-    }
-
-    fn read_tables(provision: Provision) -> Result<Self, SocketError> {
-        let error = |call| move |source| SocketError::Tables { call, source };
-        let mut tables = SockDiag::open().map_err(error("socket NETLINK_SOCK_DIAG"))?;
-        let unix = tables.unix().map_err(error("unix_diag"))?;
+    pub fn begin(tables: Arc<SocketTables>, codicil: Option<Codicil>) -> Result<Self, SocketError> {
+        let unix = tables.unix()?;
         // Without a file: in their handshake, or closed with something left to deliver.
         let states = [state::SYN_RECV, state::FIN_WAIT1, state::LAST_ACK, state::CLOSING];
         let mask = states.iter().fold(0, |mask, state| mask | 1 << state);
-        let tcp = tables.tcp(mask).map_err(error("tcp_diag"))?;
+        let tcp = tables.tcp(mask)?;
         let unowned = tcp.iter().filter(|entry| entry.inode == 0 && entry.retransmits < GIVEN_UP);
-        let own = nix::sys::socket::socket(
-            nix::sys::socket::AddressFamily::Unix,
-            nix::sys::socket::SockType::Stream,
-            nix::sys::socket::SockFlag::SOCK_CLOEXEC,
-            None,
-        )
-        .map_err(error("socket AF_UNIX"))?;
         Ok(Self {
+            tables,
             unix: unix.into_iter().map(|entry| (entry.inode, entry)).collect(),
             unowned: unowned.map(|entry| format!("{} to {}", entry.local, entry.remote)).collect(),
-            netns_cookie: netns_cookie(own.as_fd()),
             connections: Vec::new(),
             captured_unix: HashSet::new(),
-            provision,
+            provision: Provision(codicil),
         })
     }
 
@@ -230,7 +221,7 @@ impl SocketCapture {
         access: Access,
     ) -> Result<DescriptionKind, SocketError> {
         let source = Source { fd: socket, inode, access };
-        if self.netns_cookie.is_some() && netns_cookie(socket) != self.netns_cookie {
+        if !self.tables.has(socket) {
             return Err(SocketError::unsupported(
                 "a socket of another network namespace",
                 "close the socket, or make it in the container's own network namespace",
@@ -361,13 +352,6 @@ impl SocketCapture {
         }
         result
     }
-}
-
-/// Identity of a socket's network namespace (Linux 5.14).
-fn netns_cookie(socket: BorrowedFd<'_>) -> Option<u64> {
-    let mut cookie = [0; 8];
-    let len = sockopt::get(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE, &mut cookie).ok()?;
-    (len == cookie.len()).then(|| u64::from_ne_bytes(cookie))
 }
 
 /// What people call sockets of this domain and protocol.

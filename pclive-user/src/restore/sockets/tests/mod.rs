@@ -6,9 +6,10 @@ mod unix;
 
 use super::*;
 use crate::capture::Access;
-use crate::capture::sockets::{SocketCapture, SocketError};
+use crate::capture::sockets::{SocketCapture, SocketError, SocketTables};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -111,6 +112,11 @@ impl Lab {
         a + b + self.in_client(count)
     }
 
+    /// The sockets of a host.
+    fn tables(&self, host: usize) -> Arc<SocketTables> {
+        Arc::new(SocketTables::open(self.hosts[host].as_fd()).unwrap())
+    }
+
     /// Moves the sockets to the other host and lets them live there.
     fn migrate(&mut self, sockets: Vec<OwnedFd>) -> Vec<OwnedFd> {
         let (restored, _) = self.migrate_timed(sockets);
@@ -120,7 +126,7 @@ impl Lab {
     fn migrate_timed(&mut self, sockets: Vec<OwnedFd>) -> (Vec<OwnedFd>, Timing) {
         self.down(self.current);
         let start = Instant::now();
-        let mut capture = SocketCapture::begin(self.hosts[self.current].as_fd(), None).unwrap();
+        let mut capture = SocketCapture::begin(self.tables(self.current), None).unwrap();
         let begin = start.elapsed();
         let mut descriptions = capture_all(&mut capture, &sockets);
         let wrong = capture.finish(&mut descriptions, Access::Frozen);

@@ -236,7 +236,7 @@ fn a_silenced_connection_is_closed_without_a_packet() {
     client.write_all(b"unread, which makes close send a RST").unwrap();
     server.write_all(b"sent").unwrap();
     let sockets = vec![OwnedFd::from(server)];
-    let mut capture = SocketCapture::begin(lab.hosts[0].as_fd(), None).unwrap();
+    let mut capture = SocketCapture::begin(lab.tables(0), None).unwrap();
     capture_all(&mut capture, &sockets);
     capture.silence().unwrap();
     drop((sockets, capture));
@@ -253,7 +253,7 @@ fn a_capture_that_comes_to_nothing_leaves_the_connection_as_it_was() {
     let (mut client, mut server) = lab.connection(CONTAINER_V4);
     client.write_all(b"question").unwrap();
     for _ in 0..100 {
-        let mut capture = SocketCapture::begin(lab.hosts[0].as_fd(), None).unwrap();
+        let mut capture = SocketCapture::begin(lab.tables(0), None).unwrap();
         let mut captured = capture_all(&mut capture, &[server.try_clone().unwrap().into()]);
         assert!(capture.finish(&mut captured, Access::Frozen).is_empty());
     }
@@ -273,7 +273,7 @@ fn what_passes_and_what_cannot_be_moved_are_told_apart() {
     let _waiting = lab.in_client(|| TcpStream::connect((CONTAINER_V4, 7002)).unwrap());
     let udp = lab.in_host(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     let foreign = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut capture = SocketCapture::begin(lab.hosts[0].as_fd(), None).unwrap();
+    let mut capture = SocketCapture::begin(lab.tables(0), None).unwrap();
     let mut error =
         |socket: BorrowedFd<'_>, access| capture.capture(socket, inode(socket), access).unwrap_err();
     assert!(matches!(error(listener.as_fd(), Access::Frozen), SocketError::Transient { .. }));
@@ -293,7 +293,7 @@ fn a_closed_connection_with_something_left_to_deliver_is_waited_for() {
         lab.down(0);
         server.write_all(b"cannot arrive").unwrap();
         drop(server);
-        let mut capture = SocketCapture::begin(lab.hosts[0].as_fd(), None).unwrap();
+        let mut capture = SocketCapture::begin(lab.tables(0), None).unwrap();
         let wrong = capture.finish(&mut [], Access::Frozen);
         lab.up(0);
         matches!(wrong.as_slice(), [(0, SocketError::Transient { .. })])

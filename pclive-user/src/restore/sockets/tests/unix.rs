@@ -135,7 +135,7 @@ fn descriptors_in_flight_and_strangers_are_noticed() {
     let descriptors = [a.as_raw_fd()];
     let control = [ControlMessage::ScmRights(&descriptors)];
     sendmsg::<()>(a.as_raw_fd(), &message, &control, MsgFlags::empty(), None).unwrap();
-    let mut capture = SocketCapture::begin(lab.hosts[0].as_fd(), None).unwrap();
+    let mut capture = SocketCapture::begin(lab.tables(0), None).unwrap();
     let error = capture.capture(b.as_fd(), inode(&b), Access::Frozen).unwrap_err();
     assert!(matches!(error, SocketError::Transient { .. }), "{error}");
     // Only one end is the container's.
