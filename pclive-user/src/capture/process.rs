@@ -1,11 +1,13 @@
 //! What belongs to a whole process: signal actions, timers, limits, bounds of the address space.
 
 use super::SourceProcess;
-use super::threads::{StoppedProcess, ThreadError, capture_threads};
+use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
-use pclive_sys::script::{Arg, Borrowed, CallRef, DataRef, Outcome, Script, SyscallInstruction};
+use pclive_sys::script::{
+    Arena, Arg, Borrowed, CallRef, DataRef, Outcome, Script, SyscallInstruction, run_all,
+};
 use pclive_wire::manifest::{
     Backing, FdEntry, ItimerSpec, MmBounds, PosixTimer, Process, ProcessState, SigAction, SpecialMapping,
     Thread, Vma,
@@ -16,8 +18,9 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Room for the scripts of capture, in bytes.
-const ARENA_SIZE: u64 = 64 * 1024;
+/// Room for the scripts of capture, in bytes: some 340 threads answer at the same time. What they do not fill costs nothing;
+/// what they fill counts as memory of the container, which may be near its limit.
+const ARENA_SIZE: u64 = 256 * 1024;
 /// Highest signal number.
 const SIGNALS: usize = 64;
 /// Number of `RLIMIT_*` resources.
@@ -176,20 +179,42 @@ pub fn capture_stopped(
     let (memory, syscall) = prepare_injection(pid, &layout.vmas)?;
     let leader = &stopped.leader().tracee;
     let arena = Borrowed::lend(leader, syscall, |borrowed| borrowed.map_arena(ARENA_SIZE, None))?;
-    let ask = || -> Result<_, ProcessError> {
-        let timers = PosixTimers::list(pid)?;
-        let questions = Questions::new(&timers);
-        let answers = Borrowed::lend(leader, syscall, |borrowed| borrowed.run(&arena, &questions.script))?;
-        let threads = capture_threads(stopped, &memory, syscall, &arena, unbound)?;
-        Ok((timers, questions, answers, threads))
-    };
-    let asked = ask();
+    let asked = Asked::ask(stopped, syscall, &arena);
     Borrowed::lend(leader, syscall, |borrowed| borrowed.unmap(arena.range()))?;
-    let (timers, questions, answers, threads) = asked?;
-    layout.threads = threads;
-    layout.mm.brk = questions.brk(&answers);
-    layout.state = Some(Box::new(process_state(pid, leader, &questions, &answers, timers)?));
+    let Asked { timers, of_process, of_thread, answers } = asked?;
+    layout.threads = capture_threads(stopped, &memory, &of_thread, &answers, unbound)?;
+    let of_leader = &answers[0];
+    layout.mm.brk = of_process.brk(of_leader);
+    layout.state = Some(Box::new(process_state(pid, leader, &of_process, of_leader, timers)?));
     Ok(layout)
+}
+
+/// What the threads of a process have been asked, and what each has answered: the leader first, which answers for the
+/// process, too.
+struct Asked {
+    timers: PosixTimers,
+    of_process: Questions,
+    of_thread: threads::Questions,
+    answers: Vec<Outcome>,
+}
+
+impl Asked {
+    /// All threads are asked at the same time.
+    fn ask(
+        stopped: &StoppedProcess,
+        syscall: SyscallInstruction,
+        arena: &Arena,
+    ) -> Result<Self, ProcessError> {
+        let timers = PosixTimers::list(stopped.pid)?;
+        let mut thread = Script::new();
+        let of_thread = threads::Questions::ask(&mut thread);
+        let mut leader = thread.clone();
+        let of_process = Questions::ask(&mut leader, &timers);
+        let scripts = std::iter::once(&leader).chain(std::iter::repeat(&thread));
+        let scripts: Vec<_> = stopped.threads.iter().map(|thread| &thread.tracee).zip(scripts).collect();
+        let answers = run_all(arena, syscall, &scripts)?;
+        Ok(Self { timers, of_process, of_thread, answers })
+    }
 }
 
 fn process_state(
@@ -228,9 +253,8 @@ fn parse_number(pid: HostPid, file: &str) -> Result<i32, ProcessError> {
     text.parse().map_err(|_| ProcessError::Parse { path: format!("/proc/{pid}/{file}").into(), line: text })
 }
 
-/// What only the process itself can be asked, as one script.
+/// What only the process itself can be asked, as a part of its leader's script.
 struct Questions {
-    script: Script,
     actions: Vec<(usize, DataRef)>,
     limits: Vec<DataRef>,
     itimers: [DataRef; 3],
@@ -242,8 +266,7 @@ struct Questions {
 }
 
 impl Questions {
-    fn new(timers: &PosixTimers) -> Self {
-        let mut script = Script::new();
+    fn ask(script: &mut Script, timers: &PosixTimers) -> Self {
         let actions = (1..=SIGNALS)
             .filter(|&signal| signal as i32 != libc::SIGKILL && signal as i32 != libc::SIGSTOP)
             .map(|signal| {
@@ -285,7 +308,7 @@ impl Questions {
         let dumpable = script.call("PR_GET_DUMPABLE", libc::SYS_prctl, [libc::PR_GET_DUMPABLE.into()]);
         let query = u64::from(u32::MAX);
         let personality = script.call("personality", libc::SYS_personality, [query.into()]);
-        Self { script, actions, limits, itimers, timers, subreaper, brk, dumpable, personality }
+        Self { actions, limits, itimers, timers, subreaper, brk, dumpable, personality }
     }
 
     fn actions(&self, answers: &Outcome) -> Vec<SigAction> {

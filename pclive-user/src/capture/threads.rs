@@ -5,7 +5,7 @@ use super::tree::{TreeError, read_threads};
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::ptrace::{CODE_BEFORE, Seize, Tracee, restartable};
-use pclive_sys::script::{Arena, Borrowed, Outcome, Script, SyscallInstruction};
+use pclive_sys::script::{Arg, CallRef, DataRef, Outcome, Script};
 use pclive_sys::thread::{robust_list, scheduling};
 use pclive_wire::manifest::{AltStack, Credentials, Thread, ThreadState};
 use pclive_wire::{HostPid, NsPid, VirtAddr};
@@ -117,20 +117,18 @@ pub fn kill_all(stopped: Vec<StoppedProcess>) {
     pclive_sys::ptrace::kill_all(tracees.collect());
 }
 
-/// Reads every thread of a stopped process. `arena` belongs to the process; `unbound` is what the kernel says of
-/// the processors of threads that are bound to none.
+/// Reads every thread of a stopped process. `answers` are what each has answered to `questions`; `unbound` is what the
+/// kernel says of the processors of threads that are bound to none.
 pub fn capture_threads(
     process: &StoppedProcess,
     memory: &ProcessMemory,
-    syscall: SyscallInstruction,
-    arena: &Arena,
+    questions: &Questions,
+    answers: &[Outcome],
     unbound: &[CpuSet],
 ) -> Result<Vec<Thread>, ThreadError> {
-    process
-        .threads
-        .iter()
-        .map(|thread| {
-            let state = capture_thread(process.pid, thread, memory, syscall, arena, unbound)?;
+    std::iter::zip(&process.threads, answers)
+        .map(|(thread, answers)| {
+            let state = capture_thread(process.pid, &thread.tracee, memory, questions, answers, unbound)?;
             Ok(Thread { tid: thread.ns_tid, state: Some(Box::new(state)) })
         })
         .collect()
@@ -138,21 +136,18 @@ pub fn capture_threads(
 
 fn capture_thread(
     pid: HostPid,
-    thread: &StoppedThread,
+    tracee: &Tracee,
     memory: &ProcessMemory,
-    syscall: SyscallInstruction,
-    arena: &Arena,
+    questions: &Questions,
+    answers: &Outcome,
     unbound: &[CpuSet],
 ) -> Result<ThreadState, ThreadError> {
-    let tracee = &thread.tracee;
     let tid = tracee.tid();
-    let questions = Questions::new();
     let (registers, blocked) = (tracee.registers()?, tracee.signal_mask()?);
     let mut code = [0; CODE_BEFORE];
     // Unreadable: not the address after a system call.
     let _ = memory.read(VirtAddr(registers.rip.wrapping_sub(CODE_BEFORE as u64)), &mut code);
     let registers = restartable(registers, code);
-    let answers = Borrowed::lend(tracee, syscall, |borrowed| borrowed.run(arena, &questions.script))?;
     let status = procfs::process::Process::new(pid.0)
         .and_then(|process| process.task_from_tid(tid.0)?.status())
         .map_err(|source| ThreadError::Proc { pid, tid, source })?;
@@ -162,38 +157,37 @@ fn capture_thread(
         xstate: tracee.xstate()?,
         blocked,
         pending: tracee.pending_signals(false)?,
-        altstack: questions.altstack(&answers),
+        altstack: questions.altstack(answers),
         robust_list: robust_list(tid).map_err(call_error("get_robust_list"))?,
-        clear_child_tid: questions.clear_child_tid(&answers),
+        clear_child_tid: questions.clear_child_tid(answers),
         rseq: tracee.rseq()?,
-        comm: questions.comm(&answers),
-        parent_death_signal: questions.parent_death_signal(&answers),
-        timer_slack_ns: questions.timer_slack(&answers),
-        credentials: credentials(&status, questions.securebits(&answers)),
+        comm: questions.comm(answers),
+        parent_death_signal: questions.parent_death_signal(answers),
+        timer_slack_ns: questions.timer_slack(answers),
+        credentials: credentials(&status, questions.securebits(answers)),
         scheduling: scheduling(tid, unbound).map_err(call_error("sched_getattr"))?,
     })
 }
 
-/// What only the thread itself can be asked, as one script.
-struct Questions {
-    script: Script,
-    altstack: pclive_sys::script::DataRef,
-    tid_address: pclive_sys::script::DataRef,
-    comm: pclive_sys::script::DataRef,
-    death_signal: pclive_sys::script::DataRef,
-    timer_slack: pclive_sys::script::CallRef,
-    securebits: pclive_sys::script::CallRef,
+/// What only a thread itself can be asked, as a part of a script.
+pub struct Questions {
+    altstack: DataRef,
+    tid_address: DataRef,
+    comm: DataRef,
+    death_signal: DataRef,
+    timer_slack: CallRef,
+    securebits: CallRef,
 }
 
 impl Questions {
-    fn new() -> Self {
-        let mut script = Script::new();
+    /// Has `script` ask them.
+    pub fn ask(script: &mut Script) -> Self {
         let altstack = script.room(24);
         let tid_address = script.room(8);
         let comm = script.room(16);
         let death_signal = script.room(4);
         script.call("sigaltstack", libc::SYS_sigaltstack, [0.into(), altstack.into()]);
-        let mut prctl = |label, option: i32, argument: pclive_sys::script::Arg| {
+        let mut prctl = |label, option: i32, argument: Arg| {
             script.call(label, libc::SYS_prctl, [option.into(), argument])
         };
         prctl("PR_GET_TID_ADDRESS", libc::PR_GET_TID_ADDRESS, tid_address.into());
@@ -201,7 +195,7 @@ impl Questions {
         prctl("PR_GET_PDEATHSIG", libc::PR_GET_PDEATHSIG, death_signal.into());
         let timer_slack = prctl("PR_GET_TIMERSLACK", libc::PR_GET_TIMERSLACK, 0.into());
         let securebits = prctl("PR_GET_SECUREBITS", libc::PR_GET_SECUREBITS, 0.into());
-        Self { script, altstack, tid_address, comm, death_signal, timer_slack, securebits }
+        Self { altstack, tid_address, comm, death_signal, timer_slack, securebits }
     }
 
     fn altstack(&self, answers: &Outcome) -> AltStack {

@@ -9,7 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pidfd::{pidfd_getfd, pidfd_open};
 use pclive_sys::ptrace::{Stop, Tracee};
-use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstruction};
+use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstruction, run_all};
 use pclive_sys::thread::{set_scheduling, unbind};
 use pclive_sys::uffd::{self, Features, Uffd};
 use pclive_wire::layout::{is_begun_anew, special_mappings};
@@ -296,12 +296,7 @@ impl Parked {
         let (_, spare) = descriptors::spare_fds(&state.fds);
         self.run(&process_state::state_script(process, state, spare)?)?;
         self.write_oom_score_adj(state.oom_score_adj)?;
-        for thread in &process.threads {
-            let tracee = self.thread(thread.tid)?;
-            let wanted = thread.state.as_ref().ok_or(ParkedError::Incomplete(thread.tid))?;
-            let script = threads::state_script(thread.tid, process.pid, wanted, state.dumpable);
-            Borrowed::new(tracee, self.syscall)?.run(&self.arena, &script)?;
-        }
+        self.give_threads_their_state(process, state.dumpable)?;
         let arena = self.arena.range();
         Borrowed::new(&self.leader, self.syscall)?.unmap(arena)?;
         for thread in &process.threads {
@@ -315,6 +310,19 @@ impl Parked {
                 unbind(tracee.tid()).map_err(call("sched_setaffinity"))?;
             }
         }
+        Ok(())
+    }
+
+    /// All threads take what only they themselves can take, at the same time. Whichever is the last to change its ids, which
+    /// takes `dumpable` away from the whole process, sets that again afterwards.
+    fn give_threads_their_state(&self, process: &Process, dumpable: u32) -> Result<(), ParkedError> {
+        let script = |thread: &Thread| {
+            let wanted = thread.state.as_ref().ok_or(ParkedError::Incomplete(thread.tid))?;
+            let script = threads::state_script(thread.tid, process.pid, wanted, dumpable);
+            Ok((self.thread(thread.tid)?, script))
+        };
+        let scripts = process.threads.iter().map(script).collect::<Result<Vec<_>, ParkedError>>()?;
+        run_all(&self.arena, self.syscall, &scripts)?;
         Ok(())
     }
 

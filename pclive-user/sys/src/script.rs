@@ -6,25 +6,36 @@
 //! that an earlier call stored, and each call says what it must return; the first that does otherwise ends the script and
 //! is named in the error.
 //!
+//! To wait for the trap costs more than all else. So scripts of several threads have each a place of its own in the arena,
+//! share the interpreter, and run side by side ([`run_all`]): the waiting is paid once.
+//!
 //! ```text
-//! arena:  interpreter │ data (strings, structs, room for results) │ call 0 │ call 1 │ … │ stack
+//! arena:  interpreter │ place │ place │ …
+//! place:  data (strings, structs, room for results) │ call 0 │ call 1 │ … │ stack
 //! call:   number, 6 arguments, result, expectation, expected value, 2 links
 //! ```
 
 mod borrowed;
+mod side_by_side;
+#[cfg(test)]
+mod sleeper;
 
 pub use borrowed::{Arena, Borrowed, SyscallInstruction};
+pub use side_by_side::run_all;
 
 use pclive_wire::{HostPid, VirtAddr};
 
-/// Where data begins: the interpreter must fit before.
-const DATA_OFFSET: usize = 256;
+/// Bytes at the start of an arena for the interpreter.
+const INTERPRETER_ROOM: usize = 256;
 const CALL_SIZE: usize = 96;
-/// Bytes at the end of an arena that serve as the interpreter's stack.
-const STACK_SIZE: usize = 256;
+/// Where a call holds its result.
+const RESULT_OFFSET: usize = 56;
+/// Bytes at the end of a script's place that serve as the interpreter's stack: it calls one level deep, and no signal is
+/// handled meanwhile.
+const STACK_SIZE: usize = 64;
 
-// The interpreter: rbx = current call, r12 = calls left, r13 = arena. `syscall` clobbers rax, rcx and r11 only. A link is
-// (source offset in the arena | 1 << 31 for a 32-bit word, argument index); source 0 means none.
+// The interpreter: rbx = current call, r12 = calls left, r13 = the script's place. `syscall` clobbers rax, rcx and r11 only.
+// A link is (source offset in the place | 1 << 31 for a 32-bit word, argument index); source 0 means none: no result is there.
 std::arch::global_asm!(
     r#"
     .pushsection .rodata.pclive_interpreter,"a",@progbits
@@ -181,7 +192,7 @@ impl Script {
         self.calls.is_empty()
     }
 
-    /// Bytes it needs in an arena.
+    /// Bytes of its place in an arena.
     pub fn size(&self) -> usize {
         self.calls_offset() + self.calls.len() * CALL_SIZE + STACK_SIZE
     }
@@ -233,17 +244,17 @@ impl Script {
     }
 
     fn calls_offset(&self) -> usize {
-        DATA_OFFSET + self.data.len().next_multiple_of(16)
+        self.data.len().next_multiple_of(16)
     }
 
-    /// The data and the calls as they stand in an arena at `base`, after the interpreter.
+    /// The data and the calls as they stand in a place at `base`.
     fn assemble(&self, base: VirtAddr) -> Vec<u8> {
         let mut image = self.data.clone();
         for (place, target) in &self.pointers {
-            let address = base.0 + (DATA_OFFSET + target.offset) as u64;
+            let address = base.0 + target.offset as u64;
             image[*place..place + 8].copy_from_slice(&address.to_ne_bytes());
         }
-        image.resize(self.calls_offset() - DATA_OFFSET, 0);
+        image.resize(self.calls_offset(), 0);
         for call in &self.calls {
             image.extend_from_slice(&self.assemble_call(call, base));
         }
@@ -262,11 +273,11 @@ impl Script {
                     continue;
                 }
                 Arg::Data(data) => {
-                    words[1 + i] = base.0 + (DATA_OFFSET + data.offset) as u64;
+                    words[1 + i] = base.0 + data.offset as u64;
                     continue;
                 }
-                Arg::Result(earlier) => self.calls_offset() + earlier.0 * CALL_SIZE + 56,
-                Arg::Word(data, offset) => (DATA_OFFSET + data.offset + offset) | 1 << 31,
+                Arg::Result(earlier) => self.calls_offset() + earlier.0 * CALL_SIZE + RESULT_OFFSET,
+                Arg::Word(data, offset) => (data.offset + offset) | 1 << 31,
             };
             links[linked] = source as u64 | (i as u64) << 32;
             linked += 1;
@@ -313,74 +324,10 @@ impl Outcome {
 
 #[cfg(test)]
 mod tests {
+    use super::sleeper::{ARENA, with_arena};
     use super::*;
     use crate::Error;
-    use crate::mem::ProcessMemory;
-    use crate::ptrace::{Seize, Tracee};
     use nix::errno::Errno;
-    use pclive_wire::PageRange;
-    use std::process::{Child, Command};
-
-    const ARENA: u64 = 64 * 1024;
-
-    /// A sleeping process, killed when the test ends.
-    struct Sleeper(Child);
-
-    impl Sleeper {
-        fn start() -> Self {
-            Self(Command::new("sleep").arg("1000").spawn().unwrap())
-        }
-
-        fn pid(&self) -> HostPid {
-            HostPid(self.0.id() as i32)
-        }
-
-        fn maps(&self) -> String {
-            std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap()
-        }
-
-        fn vdso(&self) -> PageRange {
-            let maps = self.maps();
-            let line = maps.lines().find(|line| line.ends_with("[vdso]")).unwrap();
-            let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
-            let addr = |hex| VirtAddr(u64::from_str_radix(hex, 16).unwrap());
-            PageRange::between(addr(start), addr(end))
-        }
-    }
-
-    impl Drop for Sleeper {
-        fn drop(&mut self) {
-            self.0.kill().unwrap();
-            self.0.wait().unwrap();
-        }
-    }
-
-    /// Stops a sleeping process, has `test` run scripts in it, and checks that nothing stays behind.
-    fn with_arena(test: impl FnOnce(&Borrowed<'_>, &Arena)) {
-        let sleeper = Sleeper::start();
-        while !std::fs::read_to_string(format!("/proc/{}/syscall", sleeper.pid()))
-            .unwrap()
-            .starts_with("230 ")
-        {
-            std::thread::yield_now(); // until it has reached clock_nanosleep
-        }
-        let maps = sleeper.maps();
-        let tracee = Tracee::seize(sleeper.pid(), Seize::Source).unwrap();
-        tracee.interrupt().unwrap();
-        tracee.wait_trap().unwrap();
-        let before = (tracee.registers().unwrap(), tracee.signal_mask().unwrap());
-        let memory = ProcessMemory::open(sleeper.pid()).unwrap();
-        let syscall = SyscallInstruction::find(sleeper.pid(), &memory, sleeper.vdso()).unwrap();
-        let borrowed = Borrowed::new(&tracee, syscall).unwrap();
-        let arena = borrowed.map_arena(ARENA, None).unwrap();
-        test(&borrowed, &arena);
-        borrowed.unmap_arena(arena).unwrap();
-        borrowed.give_back().unwrap();
-        assert_eq!((tracee.registers().unwrap(), tracee.signal_mask().unwrap()), before);
-        assert_eq!(sleeper.maps(), maps);
-        tracee.detach().unwrap();
-        assert!(sleeper.maps() == maps, "still running");
-    }
 
     #[test]
     fn results_and_stored_words_feed_later_calls() {
@@ -419,7 +366,7 @@ mod tests {
             script.call_expecting("process_vm_readv", libc::SYS_process_vm_readv, lens, Expect::Exactly(0));
             let outcome = borrowed.run(arena, &script).unwrap();
             let pointer = u64::from_ne_bytes(outcome.data(iov)[..8].try_into().unwrap());
-            assert_eq!(pointer, arena.range().start.0 + DATA_OFFSET as u64 + 16);
+            assert_eq!(pointer, arena.range().start.0 + INTERPRETER_ROOM as u64 + 16);
         });
     }
 
@@ -451,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interpreter_fits_before_the_data() {
-        assert!(interpreter().len() <= DATA_OFFSET, "{} bytes", interpreter().len());
+    fn the_interpreter_fits_before_the_scripts() {
+        assert!(interpreter().len() <= INTERPRETER_ROOM, "{} bytes", interpreter().len());
     }
 }

@@ -1,6 +1,6 @@
 //! Threads that lend themselves to injected calls, and the memory where their scripts are put.
 
-use super::{CALL_SIZE, DATA_OFFSET, Expect, Outcome, Script, interpreter};
+use super::{CALL_SIZE, Expect, INTERPRETER_ROOM, Outcome, RESULT_OFFSET, STACK_SIZE, Script, interpreter};
 use crate::mem::ProcessMemory;
 use crate::ptrace::{Stop, Tracee};
 use crate::{Error, Result};
@@ -27,10 +27,45 @@ impl Arena {
         self.range
     }
 
-    /// Where a script's data and calls begin.
-    fn image(&self) -> VirtAddr {
-        self.range.start.offset(DATA_OFFSET as u64)
+    /// All of it that scripts may take.
+    pub(super) fn room(&self) -> Room {
+        Room { free: self.range.start.offset(INTERPRETER_ROOM as u64), end: self.range.end() }
     }
+}
+
+/// What scripts have not yet taken of an arena.
+pub(super) struct Room {
+    free: VirtAddr,
+    end: VirtAddr,
+}
+
+impl Room {
+    /// Takes a place for a script.
+    pub(super) fn place(&mut self, script: &Script) -> Result<Place> {
+        let (len, capacity) = (script.size(), (self.end.0 - self.free.0) as usize);
+        if len > capacity {
+            return Err(Error::ScriptTooLarge { len, capacity });
+        }
+        let start = self.free;
+        self.free = start.offset(len as u64);
+        Ok(Place { start, end: self.free })
+    }
+}
+
+/// Where in an arena one script has its data, its calls and its stack.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    start: VirtAddr,
+    end: VirtAddr,
+}
+
+/// A script that a thread has been let go to run. Who has it must call [`Borrowed::finish`].
+#[must_use]
+#[derive(Debug)]
+pub(super) struct Running<'s> {
+    arena: &'s Arena,
+    place: Place,
+    script: &'s Script,
 }
 
 /// A stopped thread that lends itself to injected calls. Registers and signal mask are given back by
@@ -70,8 +105,7 @@ impl<'t> Borrowed<'t> {
     ) -> Result<T> {
         let borrowed = Self::new(tracee, syscall)?;
         let done = errand(&borrowed);
-        borrowed.give_back()?;
-        done
+        borrowed.give_back_after(done)
     }
 
     /// Borrows a thread that is in a ptrace stop.
@@ -142,65 +176,67 @@ impl<'t> Borrowed<'t> {
 
     /// Runs a script to its end, or to the first call that does not return what it must.
     pub fn run(&self, arena: &Arena, script: &Script) -> Result<Outcome> {
-        let mut image = self.load(arena, script)?;
-        let children = self.run_to_trap()?;
-        let left = self.tracee.registers()?.r12 as usize;
-        arena.memory.read(arena.image(), &mut image)?;
-        let calls = image.split_off(script.calls_offset() - DATA_OFFSET);
-        let results: Vec<i64> = calls
-            .chunks_exact(CALL_SIZE)
-            .map(|call| i64::from_ne_bytes(call[56..64].try_into().expect("8 bytes")))
-            .collect();
-        match left {
-            0 => Ok(Outcome { data: image, results, children }),
-            _ => Err(self.script_error(script, &results, script.calls.len().saturating_sub(left))),
-        }
+        self.finish(self.start(arena, arena.room().place(script)?, script)?)
     }
 
     /// Runs a script that ends with an exec, up to the moment when the new program is in place
     /// (`PTRACE_EVENT_EXEC`, which [`crate::ptrace::Seize::Skeleton`] asks for).
     pub fn run_to_exec(self, arena: &Arena, script: &Script) -> Result<()> {
-        self.load(arena, script)?;
-        self.tracee.resume(0)?;
+        let running = self.start(arena, arena.room().place(script)?, script)?;
         match self.tracee.wait()? {
             Stop::Event(libc::PTRACE_EVENT_EXEC) => Ok(()),
-            Stop::Signal(libc::SIGTRAP) => {
-                let left = self.tracee.registers()?.r12 as usize;
-                let failed = script.calls.len().saturating_sub(left);
-                let mut result = [0; 8];
-                let at = script.calls_offset() + failed * CALL_SIZE + 56;
-                arena.memory.read(arena.range.start.offset(at as u64), &mut result)?;
-                let errno = failure(i64::from_ne_bytes(result)).unwrap_or(Errno::UnknownErrno);
-                Err(Error::ScriptCall {
-                    tid: self.tracee.tid(),
-                    label: script.calls[failed].label.clone(),
-                    errno,
-                })
+            // It must be a call that failed.
+            stop @ Stop::Signal(libc::SIGTRAP) => {
+                self.outcome(running, Vec::new())?;
+                Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop })
             }
             Stop::Gone(_) => Err(Error::Gone(self.tracee.tid())),
             stop => Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
         }
     }
 
-    /// Puts a script into the arena and points the thread at it; returns the script's image.
-    fn load(&self, arena: &Arena, script: &Script) -> Result<Vec<u8>> {
-        let capacity = arena.range.bytes() as usize;
-        if script.size() > capacity {
-            return Err(Error::ScriptTooLarge { len: script.size(), capacity });
-        }
-        let base = arena.range.start;
-        let image = script.assemble(base);
-        arena.memory.write(arena.image(), &image)?;
+    /// Puts a script into its place, points the thread at it and lets it go. If that fails, the thread has not moved.
+    pub(super) fn start<'s>(
+        &self,
+        arena: &'s Arena,
+        place: Place,
+        script: &'s Script,
+    ) -> Result<Running<'s>> {
+        arena.memory.write(place.start, &script.assemble(place.start))?;
         self.tracee.set_registers(&Registers {
-            rip: base.0,
-            rbx: base.0 + script.calls_offset() as u64,
+            rip: arena.range.start.0,
+            rbx: place.start.0 + script.calls_offset() as u64,
             r12: script.calls.len() as u64,
-            r13: base.0,
-            rsp: arena.range.end().0 - 16,
+            r13: place.start.0,
+            rsp: place.end.0,
             orig_rax: u64::MAX,
             ..self.registers
         })?;
-        Ok(image)
+        self.tracee.resume(0)?;
+        Ok(Running { arena, place, script })
+    }
+
+    /// Waits for the end of a script that was started. The thread is stopped or gone afterwards, also if this fails.
+    pub(super) fn finish(&self, running: Running<'_>) -> Result<Outcome> {
+        let children = self.wait_for_trap()?;
+        self.outcome(running, children)
+    }
+
+    /// What a script has left behind that has come to its trap.
+    fn outcome(&self, running: Running<'_>, children: Vec<HostPid>) -> Result<Outcome> {
+        let Running { arena, place, script } = running;
+        let left = self.tracee.registers()?.r12 as usize;
+        let mut data = vec![0; script.size() - STACK_SIZE];
+        arena.memory.read(place.start, &mut data)?;
+        let calls = data.split_off(script.calls_offset());
+        let results: Vec<i64> = calls
+            .chunks_exact(CALL_SIZE)
+            .map(|call| i64::from_ne_bytes(call[RESULT_OFFSET..][..8].try_into().expect("8 bytes")))
+            .collect();
+        match left {
+            0 => Ok(Outcome { data, results, children }),
+            _ => Err(self.script_error(script, &results, script.calls.len().saturating_sub(left))),
+        }
     }
 
     /// Gives the thread its registers and signal mask back. It stays stopped.
@@ -209,17 +245,25 @@ impl<'t> Borrowed<'t> {
         self.tracee.set_signal_mask(self.mask)
     }
 
-    /// Lets the interpreter run to its trap; returns the processes and threads that were made on the way.
-    fn run_to_trap(&self) -> Result<Vec<HostPid>> {
+    /// Gives the thread back after an errand, whether or not that has succeeded.
+    pub(super) fn give_back_after<T>(self, done: Result<T>) -> Result<T> {
+        let given_back = self.give_back();
+        // If both have failed, this is the cause: the thread is gone, say.
+        let done = done?;
+        given_back.map(|()| done)
+    }
+
+    /// Waits until the interpreter comes to its trap; returns the processes and threads that were made on the way.
+    fn wait_for_trap(&self) -> Result<Vec<HostPid>> {
         let mut children = Vec::new();
         loop {
-            self.tracee.resume(0)?;
             match self.tracee.wait()? {
                 Stop::Signal(libc::SIGTRAP) => return Ok(children),
                 Stop::Event(
                     libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK,
                 ) => {
                     children.push(HostPid(self.tracee.event_message()? as i32));
+                    self.tracee.resume(0)?;
                 }
                 Stop::Gone(_) => return Err(Error::Gone(self.tracee.tid())),
                 stop => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),

@@ -1,0 +1,210 @@
+//! Scripts that several threads of one process run at the same time.
+
+use super::borrowed::{Arena, Borrowed, SyscallInstruction};
+use super::{Outcome, Script};
+use crate::Result;
+use crate::ptrace::Tracee;
+use std::borrow::Borrow;
+
+/// Runs a script in each of several stopped threads of a process, as many at a time as the arena has room for, and gives
+/// them back, whether or not that succeeds. Returns what each left behind, in the order of `scripts`.
+///
+/// If scripts fail, the first error in that order is returned; the scripts that ran beside the one that failed have come
+/// to their ends nonetheless. If the process's leader is among the threads, it is the first.
+pub fn run_all<S: Borrow<Script>>(
+    arena: &Arena,
+    syscall: SyscallInstruction,
+    scripts: &[(&Tracee, S)],
+) -> Result<Vec<Outcome>> {
+    let mut outcomes = Vec::with_capacity(scripts.len());
+    let mut ahead = scripts;
+    while !ahead.is_empty() {
+        let mut room = arena.room();
+        let fitting = ahead.iter().take_while(|(_, script)| room.place(script.borrow()).is_ok()).count();
+        // At least one: if there is no room for it, it says so.
+        let (group, later) = ahead.split_at(fitting.max(1));
+        outcomes.extend(run_together(arena, syscall, group)?);
+        ahead = later;
+    }
+    Ok(outcomes)
+}
+
+/// Lets all threads go before it waits for any, and waits for all that it could let go.
+///
+/// The last comes first, the leader last. If the process is killed, the leader is not gone for `waitpid(2)` before all
+/// other threads have been waited for (`delay_group_leader` in kernel/exit.c): it must not run unless they do.
+fn run_together<S: Borrow<Script>>(
+    arena: &Arena,
+    syscall: SyscallInstruction,
+    group: &[(&Tracee, S)],
+) -> Result<Vec<Outcome>> {
+    let mut room = arena.room();
+    let start = group.iter().rev().map(|(tracee, script)| {
+        let place = room.place(script.borrow())?;
+        let borrowed = Borrowed::new(tracee, syscall)?;
+        let running = borrowed.start(arena, place, script.borrow());
+        Ok((borrowed, running))
+    });
+    let started: Vec<Result<_>> = start.collect();
+    let finish = |started: Result<(Borrowed<'_>, Result<_>)>| {
+        let (borrowed, running) = started?;
+        let done = running.and_then(|running| borrowed.finish(running));
+        borrowed.give_back_after(done)
+    };
+    let mut done: Vec<Result<Outcome>> = started.into_iter().map(finish).collect();
+    done.reverse();
+    done.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sleeper::Team;
+    use super::super::{Arg, Expect};
+    use super::*;
+    use crate::Error;
+    use nix::errno::Errno;
+    use std::iter::zip;
+
+    fn run_all_of(team: &Team, scripts: &[Script]) -> Result<Vec<Outcome>> {
+        let scripts: Vec<_> = zip(&team.tracees, scripts).collect();
+        run_all(&team.arena, team.syscall, &scripts)
+    }
+
+    fn name_of(tracee: &Tracee) -> String {
+        std::fs::read_to_string(format!("/proc/{}/comm", tracee.tid())).unwrap().trim_end().to_owned()
+    }
+
+    fn set_name(script: &mut Script, name: &str) {
+        let name = script.string(name.as_bytes());
+        script.call("PR_SET_NAME", libc::SYS_prctl, [libc::PR_SET_NAME.into(), name.into()]);
+    }
+
+    #[test]
+    fn each_thread_has_its_own_data_results_and_links() {
+        let team = Team::start(20);
+        let mut script = Script::new();
+        let pair = script.room(8);
+        let name = script.room(16);
+        let gettid = script.call("gettid", libc::SYS_gettid, []);
+        script.call("pipe2", libc::SYS_pipe2, [pair.into(), 0.into()]);
+        let duplicate = script.call("dup", libc::SYS_dup, [Arg::Word(pair, 0)]);
+        for fd in [Arg::Word(pair, 0), Arg::Word(pair, 4), duplicate.into()] {
+            script.call("close", libc::SYS_close, [fd]);
+        }
+        let scripts: Vec<Script> = (0..20)
+            .map(|i| {
+                let mut script = script.clone();
+                set_name(&mut script, &format!("thread {i}"));
+                script.call("PR_GET_NAME", libc::SYS_prctl, [libc::PR_GET_NAME.into(), name.into()]);
+                script
+            })
+            .collect();
+        let outcomes = run_all_of(&team, &scripts).unwrap();
+        team.check_untouched();
+        for (i, (tracee, outcome)) in zip(&team.tracees, &outcomes).enumerate() {
+            assert_eq!(outcome.result(gettid), i64::from(tracee.tid().0));
+            assert!(outcome.data(name).starts_with(format!("thread {i}\0").as_bytes()));
+            assert_eq!(name_of(tracee), format!("thread {i}"));
+        }
+    }
+
+    #[test]
+    fn all_run_at_the_same_time() {
+        let team = Team::start(3);
+        let mut script = Script::new();
+        let pair = script.room(8);
+        script.call("pipe2", libc::SYS_pipe2, [pair.into(), 0.into()]);
+        let outcome = run_all_of(&team, &[script]).unwrap().remove(0);
+        let end = |i: usize| i32::from_ne_bytes(outcome.data(pair)[i * 4..][..4].try_into().unwrap());
+        // Each of the outer ones ends only because the one between them does what it must.
+        let mut scripts = [Script::new(), Script::new(), Script::new()];
+        for (script, call) in zip(&mut scripts, [libc::SYS_read, libc::SYS_write, libc::SYS_read]) {
+            let fd = end(usize::from(call == libc::SYS_write));
+            let len = if call == libc::SYS_write { 2 } else { 1 };
+            let text = script.data(b"xy");
+            script.call_expecting(
+                "transfer",
+                call,
+                [fd.into(), text.into(), len.into()],
+                Expect::Exactly(len),
+            );
+        }
+        run_all_of(&team, &scripts).unwrap();
+        team.check_untouched();
+    }
+
+    #[test]
+    fn the_call_that_fails_is_named_and_the_other_threads_come_to_their_ends() {
+        let team = Team::start(5);
+        let mut scripts = vec![Script::new(); 5];
+        for (i, script) in scripts.iter_mut().enumerate() {
+            if i == 2 || i == 3 {
+                script.call(format!("close of nothing by {i}"), libc::SYS_close, [99.into()]);
+            }
+            set_name(script, "done");
+        }
+        let error = run_all_of(&team, &scripts).unwrap_err();
+        team.check_untouched();
+        assert_eq!(error.errno(), Some(Errno::EBADF));
+        assert!(
+            error.to_string().starts_with(&format!("close of nothing by 2 in {}", team.tracees[2].tid()))
+        );
+        let done: Vec<bool> = team.tracees.iter().map(|tracee| name_of(tracee) == "done").collect();
+        assert_eq!(done, [true, true, false, false, true]);
+    }
+
+    #[test]
+    fn more_threads_than_the_arena_has_room_for_take_turns() {
+        let team = Team::start(7);
+        let mut script = Script::new();
+        script.room(20_000);
+        let gettid = script.call("gettid", libc::SYS_gettid, []);
+        let outcomes = run_all_of(&team, &vec![script.clone(); 7]).unwrap();
+        let tids = |tid: &Outcome| tid.result(gettid) as i32;
+        let expected: Vec<i32> = team.tracees.iter().map(|tracee| tracee.tid().0).collect();
+        assert_eq!(outcomes.iter().map(tids).collect::<Vec<_>>(), expected);
+
+        let mut too_large = script.clone();
+        too_large.room(50_000);
+        let error = run_all_of(&team, &[script.clone(), too_large, script]).unwrap_err();
+        assert!(matches!(error, Error::ScriptTooLarge { .. }), "{error}");
+        team.check_untouched();
+    }
+
+    #[test]
+    fn a_thread_that_is_gone_does_not_keep_the_others() {
+        let mut team = Team::start(3);
+        let mut exit = Script::new();
+        exit.call("exit", libc::SYS_exit, [0.into()]);
+        let error = run_all(&team.arena, team.syscall, &[(&team.tracees[1], &exit)]).unwrap_err();
+        assert!(matches!(error, Error::Gone(tid) if tid == team.tracees[1].tid()), "{error}");
+
+        let mut script = Script::new();
+        set_name(&mut script, "done");
+        let error = run_all_of(&team, &vec![script; 3]).unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::ESRCH));
+        team.forget(1);
+        team.check_untouched();
+        assert!(team.tracees.iter().all(|tracee| name_of(tracee) == "done"));
+    }
+
+    #[test]
+    fn a_process_that_is_killed_meanwhile_is_gone() {
+        for killer in 0..3 {
+            let team = Team::start(3);
+            let pid = team.tracees[0].tid();
+            let mut scripts = vec![Script::new(); 3];
+            for (i, script) in scripts.iter_mut().enumerate() {
+                if i == killer {
+                    script.call("kill", libc::SYS_kill, [pid.0.into(), libc::SIGKILL.into()]);
+                }
+                script.call("pause", libc::SYS_pause, []);
+            }
+            let error = run_all_of(&team, &scripts).unwrap_err();
+            // Otherwise it may be killed before the leader can be let go.
+            if killer == 0 {
+                assert!(matches!(error, Error::Gone(tid) if tid == pid), "{error}");
+            }
+        }
+    }
+}
