@@ -6,6 +6,7 @@
 pub mod env;
 pub mod files;
 pub mod preflight;
+pub mod proc;
 pub mod process;
 pub mod sockets;
 pub mod threads;
