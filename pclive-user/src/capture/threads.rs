@@ -250,3 +250,34 @@ fn credentials(status: &Status, securebits: u32) -> Credentials {
         no_new_privs: status.no_new_privs,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::proc::Stat;
+    use super::super::tree::read_tree;
+    use super::super::tree::tests::Contained;
+    use super::*;
+
+    #[test]
+    fn threads_that_come_and_go_are_all_stopped() {
+        let script = "import threading, time\n\
+                      def work():\n  threading.Thread(target=time.sleep, args=[0.0005]).start()\n\
+                      def make():\n  while True: work()\n\
+                      for i in range(3): threading.Thread(target=make).start()\n\
+                      print('ready', flush=True)\n";
+        let contained = Contained::start(script);
+        for _ in 0..20 {
+            let process = read_tree(&[contained.init]).unwrap().remove(0);
+            let stopped = StoppedProcess::stop(&process).unwrap();
+            let tids: Vec<HostPid> = stopped.threads.iter().map(|thread| thread.tracee.tid()).collect();
+            let mut listed = proc::threads(contained.init).unwrap();
+            assert_eq!((tids[0], stopped.leader().ns_tid), (contained.init, NsPid(1)));
+            assert!(tids.iter().all(|&tid| Stat::of(tid).unwrap().state == 't'));
+            listed.retain(|tid| !tids.contains(tid));
+            assert_eq!(listed, [], "threads that run");
+            let numbers: HashSet<NsPid> = stopped.threads.iter().map(|thread| thread.ns_tid).collect();
+            assert_eq!(numbers.len(), tids.len());
+            stopped.resume().unwrap();
+        }
+    }
+}

@@ -161,3 +161,68 @@ pub fn has_ended(pid: HostPid) -> bool {
     let ended = |stat: Stat| matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0;
     Stat::of(pid).map_or(true, ended)
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Command, Stdio};
+
+    /// Python in a pid namespace of its own.
+    pub(in crate::capture) struct Contained {
+        unshare: Child,
+        pub init: HostPid,
+    }
+
+    impl Contained {
+        /// Starts `script` and waits until it prints a line.
+        pub fn start(script: &str) -> Self {
+            let mut unshare = Command::new("unshare")
+                .args(["--pid", "--fork", "--kill-child", "python3", "-c", script])
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let stdout = unshare.stdout.as_mut().expect("a pipe");
+            BufReader::new(stdout).read_line(&mut String::new()).unwrap();
+            let pid = HostPid(unshare.id() as i32);
+            let init = proc::children(pid, pid).unwrap()[0];
+            Self { unshare, init }
+        }
+    }
+
+    impl Drop for Contained {
+        fn drop(&mut self) {
+            self.unshare.kill().ok();
+            self.unshare.wait().ok();
+        }
+    }
+
+    #[test]
+    fn a_handle_is_kept_as_long_as_its_process_lives() {
+        let script = "import os, signal, time\nfor i in range(3):\n  if not os.fork(): os.setsid(); time.sleep(600)\n\
+                      time.sleep(0.2)\nprint('ready', flush=True)\nos.wait()\nprint('waited', flush=True)\nsignal.pause()";
+        let mut contained = Contained::start(script);
+        let mut pids = proc::children(contained.init, contained.init).unwrap();
+        let (first, new) = (pids[0], pids.pop().unwrap());
+        pids.push(contained.init);
+        let known = read_tree(&pids).unwrap();
+        let numbers = |tree: &[SourceProcess]| tree.iter().map(|p| (p.ns_pid.0, p.sid.0)).collect::<Vec<_>>();
+        pids.push(new);
+        let tree = reread_tree(&known, &pids).unwrap();
+        let all = numbers(&tree);
+        assert_eq!((numbers(&known).as_slice(), all[0], all.len()), (&all[..3], (1, 0), 4));
+        assert!(all[1..].iter().all(|(own, session)| own == session));
+        assert!(tree.iter().zip(&known).all(|(tree, known)| Arc::ptr_eq(&tree.pidfd, &known.pidfd)));
+
+        let first = tree.iter().find(|process| process.pid == first).unwrap().clone();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.pid.0), nix::sys::signal::SIGKILL).unwrap();
+        let stdout = contained.unshare.stdout.as_mut().expect("a pipe");
+        BufReader::new(stdout).read_line(&mut String::new()).unwrap();
+        assert_eq!(numbers(&reread_tree(&tree, &pids).unwrap()), [all[0], all[2], all[3]]);
+        // As if its number had been given to another process.
+        let stale = SourceProcess { pid: new, ..first };
+        let reread = reread_process(&stale).unwrap();
+        assert_eq!((reread.pid, reread.ns_pid), (new, NsPid(all[3].0)));
+        assert!(!Arc::ptr_eq(&reread.pidfd, &stale.pidfd));
+    }
+}
