@@ -6,6 +6,7 @@
 pub mod env;
 pub mod files;
 pub mod preflight;
+pub mod proc;
 pub mod process;
 pub mod sockets;
 pub mod threads;
@@ -14,6 +15,7 @@ pub mod vmas;
 
 use pclive_wire::{HostPid, NsPid};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// How capture may treat the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +27,7 @@ pub enum Access {
 }
 
 /// A process of the container at the source.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SourceProcess {
     /// Thread group id on this host.
     pub pid: HostPid,
@@ -38,7 +40,7 @@ pub struct SourceProcess {
     /// Session, as the container numbers it; 0 if the leader is outside.
     pub sid: NsPid,
     /// Handle that survives pid reuse; also the key to the process's descriptors (`pidfd_getfd(2)`, Linux 5.6).
-    pub pidfd: OwnedFd,
+    pub pidfd: Arc<OwnedFd>,
 }
 
 /// Something that pclive cannot move yet.

@@ -1,6 +1,7 @@
 //! What belongs to a whole process: signal actions, timers, limits, bounds of the address space.
 
 use super::SourceProcess;
+use super::proc::{self, ProcError, Stat};
 use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
 use nix::sched::CpuSet;
@@ -13,8 +14,6 @@ use pclive_wire::manifest::{
     Thread, Vma,
 };
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
-use procfs::process::Process as Procfs;
-use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,23 +44,8 @@ pub enum ProcessError {
     #[error(transparent)]
     Sys(#[from] pclive_sys::Error),
     /// A file under `/proc`.
-    #[error("cannot read /proc/{pid}/{file}")]
-    Proc {
-        /// Whose.
-        pid: HostPid,
-        /// Which.
-        file: &'static str,
-        /// Why.
-        source: procfs::ProcError,
-    },
-    /// A file under `/proc`.
-    #[error("cannot read {path}")]
-    Read {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    Proc(#[from] ProcError),
     /// A file under `/proc` says something unknown.
     #[error("cannot understand {path}: {line:?}")]
     Parse {
@@ -106,11 +90,10 @@ pub fn capture_running_layout(
     let pid = process.pid;
     for _ in 0..LAYOUT_ATTEMPTS {
         let layout = capture_layout(process, parent, threads.to_vec(), vmas)?;
-        let stat = Procfs::new(pid.0).and_then(|procfs| procfs.stat());
-        let stat = stat.map_err(|source| ProcessError::Proc { pid, file: "stat", source })?;
-        let bounds = (stat.startcode, stat.startstack, stat.arg_start);
+        let stat = Stat::of(pid)?;
+        let bounds = (stat.start_code, stat.start_stack, stat.arg_start);
         let mm = &layout.mm;
-        if stat.startcode != 0 && bounds == (mm.start_code.0, mm.start_stack.0, Some(mm.arg_start.0)) {
+        if stat.start_code != 0 && bounds == (mm.start_code.0, mm.start_stack.0, mm.arg_start.0) {
             return Ok(layout);
         }
         std::thread::sleep(BETWEEN_LAYOUT_ATTEMPTS);
@@ -126,33 +109,30 @@ pub fn capture_layout(
     vmas: &mut VmaReader,
 ) -> Result<Process, ProcessError> {
     let pid = process.pid;
-    let proc_error = |file| move |source| ProcessError::Proc { pid, file, source };
-    let procfs = Procfs::new(pid.0).map_err(proc_error(""))?;
-    let exe = procfs.exe().map_err(proc_error("exe"))?;
-    let stat = procfs.stat().map_err(proc_error("stat"))?;
+    let exe = proc::link(&format!("{pid}/exe"))?;
+    let stat = Stat::of(pid)?;
     let vmas = vmas.read()?.to_vec();
-    let addr = |field: Option<u64>| VirtAddr(field.unwrap_or_default());
-    let start_brk = addr(stat.start_brk);
+    let start_brk = VirtAddr(stat.start_brk);
     let mm = MmBounds {
-        start_code: VirtAddr(stat.startcode),
-        end_code: VirtAddr(stat.endcode),
-        start_data: addr(stat.start_data),
-        end_data: addr(stat.end_data),
+        start_code: VirtAddr(stat.start_code),
+        end_code: VirtAddr(stat.end_code),
+        start_data: VirtAddr(stat.start_data),
+        end_data: VirtAddr(stat.end_data),
         start_brk,
         brk: heap_end(&vmas, start_brk),
-        start_stack: VirtAddr(stat.startstack),
-        arg_start: addr(stat.arg_start),
-        arg_end: addr(stat.arg_end),
-        env_start: addr(stat.env_start),
-        env_end: addr(stat.env_end),
-        auxv: read(pid, "auxv")?,
+        start_stack: VirtAddr(stat.start_stack),
+        arg_start: VirtAddr(stat.arg_start),
+        arg_end: VirtAddr(stat.arg_end),
+        env_start: VirtAddr(stat.env_start),
+        env_end: VirtAddr(stat.env_end),
+        auxv: proc::read(&format!("{pid}/auxv"))?,
     };
     Ok(Process {
         pid: process.ns_pid,
         ppid: parent,
         pgid: process.pgid,
         sid: process.sid,
-        exe: exe.into_os_string().into_vec(),
+        exe,
         mm,
         vmas,
         threads,
@@ -185,7 +165,7 @@ pub fn capture_stopped(
     layout.threads = capture_threads(stopped, &memory, &of_thread, &answers, unbound)?;
     let of_leader = &answers[0];
     layout.mm.brk = of_process.brk(of_leader);
-    layout.state = Some(Box::new(process_state(pid, leader, &of_process, of_leader, timers)?));
+    layout.state = Some(Box::new(process_state(stopped, &of_process, of_leader, timers)?));
     Ok(layout)
 }
 
@@ -205,7 +185,7 @@ impl Asked {
         syscall: SyscallInstruction,
         arena: &Arena,
     ) -> Result<Self, ProcessError> {
-        let timers = PosixTimers::list(stopped.pid)?;
+        let timers = PosixTimers::list(stopped)?;
         let mut thread = Script::new();
         let of_thread = threads::Questions::ask(&mut thread);
         let mut leader = thread.clone();
@@ -218,38 +198,30 @@ impl Asked {
 }
 
 fn process_state(
-    pid: HostPid,
-    leader: &pclive_sys::ptrace::Tracee,
+    stopped: &StoppedProcess,
     questions: &Questions,
     answers: &Outcome,
     timers: PosixTimers,
 ) -> Result<ProcessState, ProcessError> {
-    let proc_error = |file| move |source| ProcessError::Proc { pid, file, source };
-    let procfs = Procfs::new(pid.0).map_err(proc_error(""))?;
-    let status = procfs.status().map_err(proc_error("status"))?;
+    let (pid, leader) = (stopped.pid, stopped.leader());
     Ok(ProcessState {
-        cwd: procfs.cwd().map_err(proc_error("cwd"))?.into_os_string().into_vec(),
-        umask: status.umask.unwrap_or(0o22),
+        cwd: proc::link(&format!("{pid}/cwd"))?,
+        umask: leader.status.umask.unwrap_or(0o22),
         limits: questions.limits(answers),
         dumpable: answers.result(questions.dumpable) as u32,
         child_subreaper: questions.child_subreaper(answers),
         personality: answers.result(questions.personality) as u32,
         oom_score_adj: parse_number(pid, "oom_score_adj")?,
         actions: questions.actions(answers),
-        pending: leader.pending_signals(true)?,
+        pending: leader.tracee.pending_signals(true)?,
         itimers: questions.itimers(answers),
         timers: timers.with_times(questions, answers),
         fds: Vec::<FdEntry>::new(),
     })
 }
 
-fn read(pid: HostPid, file: &str) -> Result<Vec<u8>, ProcessError> {
-    let path = PathBuf::from(format!("/proc/{pid}/{file}"));
-    std::fs::read(&path).map_err(|source| ProcessError::Read { path, source })
-}
-
 fn parse_number(pid: HostPid, file: &str) -> Result<i32, ProcessError> {
-    let text = String::from_utf8_lossy(&read(pid, file)?).trim().to_owned();
+    let text = String::from_utf8_lossy(&proc::read(&format!("{pid}/{file}"))?).trim().to_owned();
     text.parse().map_err(|_| ProcessError::Parse { path: format!("/proc/{pid}/{file}").into(), line: text })
 }
 
@@ -352,9 +324,13 @@ fn words<const N: usize>(raw: &[u8]) -> [u64; N] {
 struct PosixTimers(Vec<PosixTimer>);
 
 impl PosixTimers {
-    fn list(pid: HostPid) -> Result<Self, ProcessError> {
-        let text = String::from_utf8_lossy(&read(pid, "timers")?).into_owned();
-        let thread = |host: i32| super::tree::namespace_tid(pid, HostPid(host));
+    fn list(stopped: &StoppedProcess) -> Result<Self, ProcessError> {
+        let pid = stopped.pid;
+        let text = String::from_utf8_lossy(&proc::read(&format!("{pid}/timers"))?).into_owned();
+        let thread = |host| {
+            let thread = stopped.threads.iter().find(|thread| thread.tracee.tid() == HostPid(host));
+            thread.map(|thread| thread.ns_tid)
+        };
         parse_timers(&text, thread)
             .map(Self)
             .map_err(|line| ProcessError::Parse { path: format!("/proc/{pid}/timers").into(), line })

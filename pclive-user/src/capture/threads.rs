@@ -1,7 +1,8 @@
 //! Stopping every thread of the container, and reading what only a stopped thread shows.
 
 use super::SourceProcess;
-use super::tree::{TreeError, read_threads};
+use super::proc::{self, Status};
+use super::tree::{TreeError, ns_tid};
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::ptrace::{CODE_BEFORE, Seize, Tracee, restartable};
@@ -30,16 +31,6 @@ pub enum ThreadError {
         /// Why.
         source: nix::Error,
     },
-    /// `/proc` of a thread could not be read.
-    #[error("cannot read /proc/{pid}/task/{tid}")]
-    Proc {
-        /// Thread group.
-        pid: HostPid,
-        /// Thread.
-        tid: HostPid,
-        /// Why.
-        source: procfs::ProcError,
-    },
 }
 
 /// A thread that pclive has stopped.
@@ -47,6 +38,8 @@ pub enum ThreadError {
 pub struct StoppedThread {
     /// As the container numbers it.
     pub ns_tid: NsPid,
+    /// What it was when it stopped.
+    pub status: Status,
     /// The key to it.
     pub tracee: Tracee,
 }
@@ -64,36 +57,22 @@ pub struct StoppedProcess {
 impl StoppedProcess {
     /// Stops every thread of `process`, also those that are being made meanwhile.
     pub fn stop(process: &SourceProcess) -> Result<Self, ThreadError> {
-        let mut threads: Vec<StoppedThread> = Vec::new();
+        let pid = process.pid;
+        let mut stopped: Vec<Tracee> = Vec::new();
         loop {
-            let known: HashSet<NsPid> = threads.iter().map(|thread| thread.ns_tid).collect();
-            let new: Vec<_> = read_threads(process.pid)?
-                .into_iter()
-                .filter(|(_, inside)| !known.contains(inside))
-                .collect();
+            let known: HashSet<HostPid> = stopped.iter().map(Tracee::tid).collect();
+            let mut new = proc::threads(pid).map_err(TreeError::from)?;
+            new.retain(|tid| !known.contains(tid));
             if new.is_empty() {
-                return Ok(Self { pid: process.pid, threads });
+                return Ok(Self { pid, threads: with_status(pid, stopped)? });
             }
-            let first_new = threads.len();
-            for (tid, ns_tid) in new {
-                match Tracee::seize(tid, Seize::Source) {
-                    Ok(tracee) => {
-                        tracee.interrupt()?;
-                        threads.push(StoppedThread { ns_tid, tracee });
-                    }
-                    Err(e) if e.errno() == Some(nix::Error::ESRCH) => {} // ended meanwhile
-                    Err(e) => return Err(e.into()),
-                }
-            }
-            let mut stopped = Vec::with_capacity(threads.len());
-            for (i, thread) in threads.into_iter().enumerate() {
-                match if i < first_new { Ok(()) } else { thread.tracee.wait_trap() } {
-                    Ok(()) => stopped.push(thread),
+            for tracee in interrupt(new)? {
+                match tracee.wait_trap() {
+                    Ok(()) => stopped.push(tracee),
                     Err(pclive_sys::Error::Gone(_)) => {}
                     Err(e) => return Err(e.into()),
                 }
             }
-            threads = stopped;
         }
     }
 
@@ -109,6 +88,36 @@ impl StoppedProcess {
         }
         Ok(())
     }
+}
+
+/// Asks threads to stop. Those that ended meanwhile are left out.
+fn interrupt(tids: Vec<HostPid>) -> Result<Vec<Tracee>, ThreadError> {
+    let mut tracees = Vec::with_capacity(tids.len());
+    for tid in tids {
+        match Tracee::seize(tid, Seize::Source) {
+            Ok(tracee) => {
+                tracee.interrupt()?;
+                tracees.push(tracee);
+            }
+            Err(e) if e.errno() == Some(nix::Error::ESRCH) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(tracees)
+}
+
+/// Reads the status of stopped threads, once: it does not change any more. Those that were killed meanwhile are left out.
+fn with_status(pid: HostPid, tracees: Vec<Tracee>) -> Result<Vec<StoppedThread>, ThreadError> {
+    let mut threads = Vec::with_capacity(tracees.len());
+    for tracee in tracees {
+        let tid = tracee.tid();
+        match Status::of_thread(pid, tid) {
+            Ok(status) => threads.push(StoppedThread { ns_tid: ns_tid(tid, &status)?, status, tracee }),
+            Err(e) if e.is_gone() && tid != pid => {}
+            Err(e) => return Err(TreeError::from(e).into()),
+        }
+    }
+    Ok(threads)
 }
 
 /// Ends stopped processes for good.
@@ -128,29 +137,26 @@ pub fn capture_threads(
 ) -> Result<Vec<Thread>, ThreadError> {
     std::iter::zip(&process.threads, answers)
         .map(|(thread, answers)| {
-            let state = capture_thread(process.pid, &thread.tracee, memory, questions, answers, unbound)?;
+            let state = capture_thread(thread, memory, questions, answers, unbound)?;
             Ok(Thread { tid: thread.ns_tid, state: Some(Box::new(state)) })
         })
         .collect()
 }
 
 fn capture_thread(
-    pid: HostPid,
-    tracee: &Tracee,
+    thread: &StoppedThread,
     memory: &ProcessMemory,
     questions: &Questions,
     answers: &Outcome,
     unbound: &[CpuSet],
 ) -> Result<ThreadState, ThreadError> {
+    let tracee = &thread.tracee;
     let tid = tracee.tid();
     let (registers, blocked) = (tracee.registers()?, tracee.signal_mask()?);
     let mut code = [0; CODE_BEFORE];
     // Unreadable: not the address after a system call.
     let _ = memory.read(VirtAddr(registers.rip.wrapping_sub(CODE_BEFORE as u64)), &mut code);
     let registers = restartable(registers, code);
-    let status = procfs::process::Process::new(pid.0)
-        .and_then(|process| process.task_from_tid(tid.0)?.status())
-        .map_err(|source| ThreadError::Proc { pid, tid, source })?;
     let call_error = |call| move |source| ThreadError::Call { call, tid, source };
     Ok(ThreadState {
         registers,
@@ -164,7 +170,7 @@ fn capture_thread(
         comm: questions.comm(answers),
         parent_death_signal: questions.parent_death_signal(answers),
         timer_slack_ns: questions.timer_slack(answers),
-        credentials: credentials(&status, questions.securebits(answers)),
+        credentials: credentials(&thread.status, questions.securebits(answers)),
         scheduling: scheduling(tid, unbound).map_err(call_error("sched_getattr"))?,
     })
 }
@@ -225,17 +231,48 @@ impl Questions {
     }
 }
 
-fn credentials(status: &procfs::process::Status, securebits: u32) -> Credentials {
+fn credentials(status: &Status, securebits: u32) -> Credentials {
     Credentials {
-        uids: [status.ruid, status.euid, status.suid, status.fuid],
-        gids: [status.rgid, status.egid, status.sgid, status.fgid],
+        uids: status.uids,
+        gids: status.gids,
         groups: status.groups.clone(),
-        inheritable: status.capinh,
-        permitted: status.capprm,
-        effective: status.capeff,
-        bounding: status.capbnd.unwrap_or_default(),
-        ambient: status.capamb.unwrap_or_default(),
+        inheritable: status.inheritable,
+        permitted: status.permitted,
+        effective: status.effective,
+        bounding: status.bounding,
+        ambient: status.ambient,
         securebits,
-        no_new_privs: status.nonewprivs == Some(1),
+        no_new_privs: status.no_new_privs,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::proc::Stat;
+    use super::super::tree::read_tree;
+    use super::super::tree::tests::Contained;
+    use super::*;
+
+    #[test]
+    fn threads_that_come_and_go_are_all_stopped() {
+        let script = "import threading, time\n\
+                      def work():\n  threading.Thread(target=time.sleep, args=[0.0005]).start()\n\
+                      def make():\n  while True: work()\n\
+                      for i in range(3): threading.Thread(target=make).start()\n\
+                      print('ready', flush=True)\n";
+        let contained = Contained::start(script);
+        for _ in 0..20 {
+            let process = read_tree(&[contained.init]).unwrap().remove(0);
+            let stopped = StoppedProcess::stop(&process).unwrap();
+            let tids: Vec<HostPid> = stopped.threads.iter().map(|thread| thread.tracee.tid()).collect();
+            let mut listed = proc::threads(contained.init).unwrap();
+            assert_eq!((tids[0], stopped.leader().ns_tid), (contained.init, NsPid(1)));
+            assert!(tids.iter().all(|&tid| Stat::of(tid).unwrap().state == 't'));
+            listed.retain(|tid| !tids.contains(tid));
+            assert_eq!(listed, [], "threads that run");
+            let numbers: HashSet<NsPid> = stopped.threads.iter().map(|thread| thread.ns_tid).collect();
+            assert_eq!(numbers.len(), tids.len());
+            stopped.resume().unwrap();
+        }
     }
 }

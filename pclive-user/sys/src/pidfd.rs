@@ -1,6 +1,7 @@
 //! Process handles that survive pid reuse, and the descriptors behind them: `pidfd_open(2)`, `pidfd_getfd(2)`.
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pclive_wire::HostPid;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -25,6 +26,15 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: RawFd) -> nix::Result<OwnedFd> {
     // SAFETY: pidfd_getfd takes three integers and touches no memory of ours.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
     own(fd)
+}
+
+/// Whether the process has ended, reaped or not. Until then its number is its own.
+///
+/// # Errors
+/// `ENOMEM`.
+pub fn has_exited(pidfd: BorrowedFd<'_>) -> nix::Result<bool> {
+    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).map(|ready| ready > 0)
 }
 
 /// Takes over the descriptor that a system call has just returned.
@@ -59,5 +69,18 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         child.wait().unwrap();
         assert_eq!(pidfd_open(HostPid(child.id() as i32)).unwrap_err(), Errno::ESRCH);
+    }
+
+    #[test]
+    fn a_process_has_exited_when_it_is_reaped_or_can_be() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pidfd = pidfd_open(HostPid(child.id() as i32)).unwrap();
+        assert!(!has_exited(pidfd.as_fd()).unwrap());
+        child.kill().unwrap();
+        while !has_exited(pidfd.as_fd()).unwrap() {
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert!(has_exited(pidfd.as_fd()).unwrap());
     }
 }

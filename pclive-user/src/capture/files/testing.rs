@@ -101,7 +101,7 @@ fn source_process(pid: i32, number: i32) -> SourceProcess {
         parent: HostPid(std::process::id() as i32),
         pgid: ns_pid,
         sid: ns_pid,
-        pidfd: pidfd_open(pid).unwrap(),
+        pidfd: pidfd_open(pid).unwrap().into(),
     }
 }
 

@@ -202,7 +202,7 @@ mod tests {
             parent: pclive_wire::HostPid(0),
             pgid: NsPid(pgid),
             sid: NsPid(sid),
-            pidfd: File::open("/dev/null").unwrap().into(),
+            pidfd: std::sync::Arc::new(File::open("/dev/null").unwrap().into()),
         };
         let mut obstacles = Obstacles::default();
         survey_relations(&[process(1, 1, 1), process(7, 5, 1), process(8, 8, 0)], &mut obstacles);

@@ -5,7 +5,7 @@ use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
 use crate::capture::process::{ProcessError, capture_layout, capture_running_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
-use crate::capture::tree::{TreeError, has_ended, read_threads, read_tree};
+use crate::capture::tree::{TreeError, has_ended, read_threads, reread_tree};
 use crate::capture::vmas::VmaReader;
 use crate::runtime::{Cgroup, CgroupError, Cpuset};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
@@ -160,7 +160,7 @@ impl Container {
 
     /// Reads the process tree again.
     pub fn refresh(&mut self) -> Result<(), ContainerError> {
-        self.processes = read_tree(&self.cgroup.processes()?)?;
+        self.processes = reread_tree(&self.processes, &self.cgroup.processes()?)?;
         if self.processes.first().is_none_or(|first| first.ns_pid != NsPid(1)) {
             return Err(ContainerError::Ended);
         }

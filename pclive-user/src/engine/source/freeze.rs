@@ -101,7 +101,7 @@ impl Migration<'_> {
         stopped: &[StoppedProcess],
     ) -> Result<Result<SocketCapture, Vec<String>>, MigrateError> {
         let start = Instant::now();
-        let transient = self.passing_states()?;
+        let transient = self.passing_states(stopped)?;
         if !transient.is_empty() {
             return Ok(Err(transient));
         }
@@ -133,8 +133,8 @@ impl Migration<'_> {
     }
 
     /// States of the process tree that cannot be moved, but pass.
-    fn passing_states(&self) -> Result<Vec<String>, MigrateError> {
-        let unreaped = unreaped(self.container.processes()).map_err(ContainerError::from)?;
+    fn passing_states(&self, stopped: &[StoppedProcess]) -> Result<Vec<String>, MigrateError> {
+        let unreaped = unreaped(self.container.processes(), stopped).map_err(ContainerError::from)?;
         let unreaped = unreaped.into_iter().map(|(parent, child)| {
             format!("process {parent} has not yet waited for its child {child}, which ended")
         });

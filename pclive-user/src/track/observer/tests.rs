@@ -157,7 +157,7 @@ fn written(drained: &Drained, pid: HostPid, buffer: &PageRange) -> u64 {
 /// A process as tracking wants it: it is no container's.
 fn source_process(pid: HostPid) -> SourceProcess {
     let number = NsPid(pid.0);
-    let pidfd = pidfd_open(pid).unwrap();
+    let pidfd = pidfd_open(pid).unwrap().into();
     SourceProcess { pid, ns_pid: number, parent: HostPid(0), pgid: number, sid: number, pidfd }
 }
 
