@@ -231,7 +231,11 @@ impl Container {
         let tracked = |process: &SourceProcess| {
             let tracked = self.live.get(&process.pid)?.tracked.as_ref()?;
             let at = |source| ContainerError::Track { pid: process.pid, source };
-            Some(tracked.written().map_err(at).map(|written| (process.ns_pid, written)))
+            match tracked.written() {
+                // It has ended or executed another program since its round: the next one knows.
+                Err(error) if error.is_gone() => None,
+                written => Some(written.map_err(at).map(|written| (process.ns_pid, written))),
+            }
         };
         self.processes.iter().filter_map(tracked).collect()
     }
