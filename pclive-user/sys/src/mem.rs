@@ -135,6 +135,7 @@ pub fn ignores_protection() -> Result<bool> {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
     use std::process::Stdio;
 
     fn me() -> HostPid {
@@ -163,10 +164,14 @@ mod tests {
         let bytes = mapping(6);
         let base = VirtAddr(bytes.as_ptr() as u64);
         let page = |i: u64| base.offset(i * PAGE_SIZE);
+        let empty = nix::sys::memfd::memfd_create(c"empty", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+        // Behind the end of a file there is no page, and in a hole another test's mapping might be.
         // SAFETY: pages 2 (no access) and 4 (gone) are not touched through `bytes` again.
         unsafe {
             assert_eq!(libc::mprotect(page(2).0 as *mut _, 4096, libc::PROT_NONE), 0);
-            assert_eq!(libc::munmap(page(4).0 as *mut _, 4096), 0);
+            let gone = page(4).0 as *mut _;
+            assert_eq!(libc::mmap(gone, 4096, libc::PROT_READ, flags, empty.as_raw_fd(), 0), gone);
         }
         let ranges = [PageRange::new(page(5), 1), PageRange::new(page(0), 5)];
         let mut buffer = vec![0; 6 * 4096];
