@@ -40,6 +40,8 @@ pub enum Stop {
     Trap,
     /// About to receive this signal.
     Signal(i32),
+    /// Entry to or exit from a system call.
+    Syscall,
     /// `PTRACE_EVENT_*` other than a stop (clone, exec …).
     Event(i32),
     /// The thread is gone: exit status as `wait(2)` gives it.
@@ -67,16 +69,14 @@ impl Tracee {
     /// Attaches to a running thread without stopping it. Its seccomp filter is suspended for injected calls where the
     /// kernel allows that (`PTRACE_O_SUSPEND_SECCOMP`, Linux 4.3, `CAP_SYS_ADMIN`).
     pub fn seize(tid: HostPid, purpose: Seize) -> Result<Self> {
-        let options = match purpose {
-            Seize::Source => 0,
-            Seize::Skeleton => {
-                libc::PTRACE_O_TRACECLONE
-                    | libc::PTRACE_O_TRACEFORK
-                    | libc::PTRACE_O_TRACEVFORK
-                    | libc::PTRACE_O_TRACEEXEC
-                    | libc::PTRACE_O_EXITKILL
-            }
-        };
+        let mut options = libc::PTRACE_O_TRACESYSGOOD;
+        if purpose == Seize::Skeleton {
+            options |= libc::PTRACE_O_TRACECLONE
+                | libc::PTRACE_O_TRACEFORK
+                | libc::PTRACE_O_TRACEVFORK
+                | libc::PTRACE_O_TRACEEXEC
+                | libc::PTRACE_O_EXITKILL;
+        }
         let with_seccomp = options | libc::PTRACE_O_SUSPEND_SECCOMP;
         request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, with_seccomp as usize)
             .or_else(|_| request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize))?;
@@ -126,7 +126,7 @@ impl Tracee {
                     self.interrupt()?;
                     self.resume(signal)?;
                 }
-                Stop::Event(_) => {
+                Stop::Syscall | Stop::Event(_) => {
                     self.interrupt()?;
                     self.resume(0)?;
                 }
@@ -140,16 +140,16 @@ impl Tracee {
         request("PTRACE_CONT", libc::PTRACE_CONT, self.tid, 0, signal as usize).map(drop)
     }
 
-    /// Lets the thread execute one instruction. If that is a system call, all of it: the thread stops with SIGTRAP when it
-    /// returns (`ptrace_report_syscall_exit` in linux/ptrace.h).
-    pub fn step(&self) -> Result<()> {
-        request("PTRACE_SINGLESTEP", libc::PTRACE_SINGLESTEP, self.tid, 0, 0).map(drop)
+    /// Lets the thread run on to the next entry to or exit from a system call.
+    pub fn resume_to_syscall(&self) -> Result<()> {
+        request("PTRACE_SYSCALL", libc::PTRACE_SYSCALL, self.tid, 0, 0).map(drop)
     }
 
     /// Takes back [`Seize::Skeleton`]: if pclive dies from here on, the stopped thread runs on, and what it makes is not
     /// attached.
     pub fn outlive_tracer(&self) -> Result<()> {
-        request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, 0).map(drop)
+        let options = libc::PTRACE_O_TRACESYSGOOD;
+        request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as usize).map(drop)
     }
 
     /// Ends the attachment; the thread runs on.
@@ -309,7 +309,7 @@ pub fn restartable(mut registers: Registers, code: [u8; CODE_BEFORE]) -> Registe
 
 /// Bytes before the instruction pointer that [`restartable`] looks at: `mov eax, imm32` and `syscall`.
 pub const CODE_BEFORE: usize = 7;
-pub(crate) const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 const MOV_EAX: u8 = 0xb8;
 /// The calls that have a restart block.
 const WITH_RESTART_BLOCK: [i64; 4] =
@@ -333,6 +333,7 @@ fn classify(status: i32) -> Stop {
     let signal = libc::WSTOPSIG(status);
     match status >> 16 {
         libc::PTRACE_EVENT_STOP => Stop::Trap,
+        0 if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
         0 => Stop::Signal(signal),
         event => Stop::Event(event),
     }

@@ -2,7 +2,7 @@
 
 use super::{CALL_SIZE, Expect, INTERPRETER_ROOM, Outcome, RESULT_OFFSET, STACK_SIZE, Script, interpreter};
 use crate::mem::ProcessMemory;
-use crate::ptrace::{SYSCALL_INSTRUCTION, Stop, Tracee};
+use crate::ptrace::{Stop, Tracee};
 use crate::{Error, Result};
 use nix::errno::Errno;
 use pclive_wire::manifest::Registers;
@@ -88,9 +88,10 @@ pub struct SyscallInstruction(VirtAddr);
 impl SyscallInstruction {
     /// Finds the one in the vDSO, mapped at `vdso`, so that nothing in the process needs to be overwritten.
     pub fn find(pid: HostPid, memory: &ProcessMemory, vdso: PageRange) -> Result<Self> {
+        const SYSCALL: [u8; 2] = [0x0f, 0x05];
         let mut code = vec![0; vdso.bytes() as usize];
         memory.read(vdso.start, &mut code)?;
-        let offset = code.windows(SYSCALL_INSTRUCTION.len()).position(|bytes| bytes == SYSCALL_INSTRUCTION);
+        let offset = code.windows(2).position(|bytes| bytes == SYSCALL);
         offset.map(|offset| Self(vdso.start.offset(offset as u64))).ok_or(Error::NoSyscallInstruction(pid))
     }
 }
@@ -119,7 +120,11 @@ impl<'t> Borrowed<'t> {
         (&self.registers, self.mask)
     }
 
-    /// Makes one call in the thread, which is one step of it. Returns what it returned, or the error.
+    /// Makes one call in the thread, through two system-call stops. Returns what it returned, or the error.
+    ///
+    /// A single step (`PTRACE_SINGLESTEP`) would need one stop, but if pclive died afterwards the thread would go on stepping
+    /// and be killed by the next trap: only `PTRACE_DETACH` ends that (`ptrace_disable`), not the tracer's death
+    /// (`exit_ptrace` in kernel/ptrace.c).
     pub fn call<const N: usize>(&self, label: &str, number: i64, args: [u64; N]) -> Result<u64> {
         let mut all = [0; 6];
         all[..N].copy_from_slice(&args);
@@ -136,14 +141,11 @@ impl<'t> Borrowed<'t> {
             r9,
             ..self.registers
         })?;
-        self.tracee.step()?;
-        self.expect_stop(Stop::Signal(libc::SIGTRAP))?;
-        let after = self.tracee.registers()?;
-        // Somebody else's SIGTRAP may have come before the call.
-        if after.rip != self.syscall.0.0 + SYSCALL_INSTRUCTION.len() as u64 {
-            return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop: Stop::Signal(libc::SIGTRAP) });
+        for _entry_then_exit in 0..2 {
+            self.tracee.resume_to_syscall()?;
+            self.expect_stop(Stop::Syscall)?;
         }
-        let result = after.rax;
+        let result = self.tracee.registers()?.rax;
         match failure(result as i64) {
             Some(errno) => Err(Error::ScriptCall { tid: self.tracee.tid(), label: label.into(), errno }),
             None => Ok(result),
