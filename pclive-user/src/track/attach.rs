@@ -127,8 +127,7 @@ impl TrackedProcess {
     /// Makes a userfaultfd in the address space of `process` and takes it over. The thread group leader is stopped for
     /// that time.
     pub fn attach(process: &SourceProcess) -> Result<Self, TrackError> {
-        // Tried now, so that it is known in the blackout.
-        last_look::is_possible();
+        last_look::prepare();
         let tracee = Tracee::seize(process.pid, Seize::Source)?;
         tracee.interrupt()?;
         tracee.wait_trap()?;
@@ -235,8 +234,9 @@ impl TrackedProcess {
         };
         let (anonymous, of_files) = (of(true), of(false));
         // What is no longer mapped goes away with its mapping.
-        let mut dirty = self.last_of_anonymous(layout, &anonymous, &sent.intersection(&anonymous))?;
-        let (written, there) = self.written_and_there(layout, |vma| vma.backing != Backing::Anonymous)?;
+        let sent_anonymous = sent.intersection(&anonymous);
+        let mut dirty = last_look::look(&self.pagemap, &anonymous, &sent_anonymous, self.is_tracked())?;
+        let (written, there) = self.written_and_there_of_files(layout)?;
         let vanished = sent.intersection(&of_files).difference(&there);
         let mut new = Vec::new();
         self.populated_of_new(layout, &mut new)?;
@@ -246,37 +246,17 @@ impl TrackedProcess {
         Ok(dirty)
     }
 
-    /// Anonymous memory in the last round.
-    fn last_of_anonymous(
-        &self,
-        layout: &[Vma],
-        anonymous: &PageSet,
-        sent: &PageSet,
-    ) -> Result<Dirty, TrackError> {
-        if self.is_tracked() && last_look::is_possible() {
-            return Ok(last_look::look(&self.pagemap, anonymous, sent)?);
-        }
-        let (written, there) = self.written_and_there(layout, |vma| vma.backing == Backing::Anonymous)?;
-        Ok(Dirty { written, absent: sent.difference(&there) })
-    }
-
-    /// Written pages, and all that are there, of some mappings: found by looking at every page.
-    fn written_and_there(
-        &self,
-        layout: &[Vma],
-        wanted: impl Fn(&Vma) -> bool,
-    ) -> Result<(PageSet, PageSet), TrackError> {
-        let (mut found, mut there) = (Vec::new(), Vec::new());
-        for vma in layout.iter().filter(|vma| vma.has_own_pages() && wanted(vma)) {
-            let first = found.len();
+    /// Written pages, and all that are there, of mapped files.
+    fn written_and_there_of_files(&self, layout: &[Vma]) -> Result<(PageSet, PageSet), TrackError> {
+        let mut found: Vec<Region> = Vec::new();
+        for vma in layout.iter().filter(|vma| vma.has_own_pages() && vma.backing != Backing::Anonymous) {
             self.pagemap.scan(vma.range, populated(vma), &mut found)?;
-            // Where a file is mapped, what looks like a page that is swapped out may be a mark that outlived its page.
-            let marks = vma.backing != Backing::Anonymous;
-            let is_there = |region: &&Region| !marks || region.categories.has(Categories::PRESENT);
-            there.extend(found[first..].iter().filter(is_there).map(|region| region.range));
         }
-        let written = found.iter().filter(|region| region.categories.has(Categories::WRITTEN));
-        Ok((written.map(|region| region.range).collect(), there.into_iter().collect()))
+        let having = |category| -> PageSet {
+            found.iter().filter(|region| region.categories.has(category)).map(|region| region.range).collect()
+        };
+        // What looks like a page that is swapped out may be a mark that outlived its page.
+        Ok((having(Categories::WRITTEN), having(Categories::PRESENT)))
     }
 
     /// Registers everything that can be, in as few ranges as there are between mappings that cannot be: never a part of a

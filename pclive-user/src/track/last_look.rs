@@ -30,13 +30,24 @@ const FEW: u64 = 16;
 /// Whether the kernel allows the fast way.
 static FAST: LazyLock<bool> = LazyLock::new(|| pagemap::absent_counts_as_written().unwrap_or(false));
 
-/// Whether [`look`] can be used.
-pub fn is_possible() -> bool {
-    *FAST
+/// Tries what the kernel does, so that it is known in the blackout.
+pub fn prepare() {
+    LazyLock::force(&FAST);
 }
 
-/// Looks at the mappings `anonymous`, all of which are tracked, in a process that stands still. `sent` are pages of them.
-pub fn look(pagemap: &Pagemap, anonymous: &PageSet, sent: &PageSet) -> Result<Dirty> {
+/// Looks at the mappings `anonymous` of a process that stands still. `sent` are pages of them; they were marked when they were
+/// sent if the process is `tracked`.
+pub fn look(pagemap: &Pagemap, anonymous: &PageSet, sent: &PageSet, tracked: bool) -> Result<Dirty> {
+    if tracked && *FAST { by_marks(pagemap, anonymous, sent) } else { thoroughly(pagemap, anonymous, sent) }
+}
+
+/// Looks at every page.
+fn thoroughly(pagemap: &Pagemap, anonymous: &PageSet, sent: &PageSet) -> Result<Dirty> {
+    let (written, there) = look_closely(pagemap, anonymous)?;
+    Ok(Dirty { written, absent: sent.difference(&there) })
+}
+
+fn by_marks(pagemap: &Pagemap, anonymous: &PageSet, sent: &PageSet) -> Result<Dirty> {
     let unmarked = unmarked(pagemap, anonymous)?;
     let known = unmarked.intersection(sent);
     let tables = tables_of(&unmarked.difference(sent)).union(&crowded_tables(&known)).intersection(anonymous);
@@ -196,7 +207,8 @@ mod tests {
         memory.write(table(5) + 2..table(5) + 4); // new pages of table 5
 
         let anonymous = memory.all(0..table(6));
-        let found = look(&memory.pagemap, &anonymous, &memory.all(sent)).unwrap();
+        let sent = memory.all(sent);
+        let found = by_marks(&memory.pagemap, &anonymous, &sent).unwrap();
         let written = [
             3..5,
             9..10, // taken for written, and read as zero
@@ -206,6 +218,12 @@ mod tests {
         ];
         let absent = [table(1) + 200..table(1) + 300, table(2)..table(2) + 7, table(2) + 8..table(4)];
         assert_eq!(found, Dirty { written: memory.set(&written), absent: memory.set(&absent) });
+
+        // Who looks at every page knows of the single one, too.
+        let found = thoroughly(&memory.pagemap, &anonymous, &sent).unwrap();
+        let single = memory.all(9..10);
+        assert_eq!(found.written, memory.set(&written).difference(&single));
+        assert_eq!(found.absent, memory.set(&absent).union(&single));
     }
 
     #[test]
@@ -215,6 +233,8 @@ mod tests {
         memory.protect(0..TABLE_PAGES + 5);
         let all = memory.all(0..2 * TABLE_PAGES);
         let sent = memory.all(0..TABLE_PAGES + 5);
-        assert_eq!(look(&memory.pagemap, &all, &sent).unwrap(), Dirty::default());
+        for tracked in [true, false] {
+            assert_eq!(look(&memory.pagemap, &all, &sent, tracked).unwrap(), Dirty::default());
+        }
     }
 }
