@@ -159,6 +159,15 @@ impl Migrate {
         nix::sys::signal::kill(Pid::from_raw(self.child.id() as i32), signal).context("signal pclive migrate")
     }
 
+    /// Whether it catches a signal already, or has ended: what comes earlier ends it before it has done anything, or could
+    /// say so.
+    pub fn is_prepared_for(&self, signal: Signal) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        caught.is_none_or(|mask| mask & 1 << (signal as u32 - 1) != 0)
+    }
+
     /// Waits until it ends.
     ///
     /// # Errors
@@ -288,6 +297,9 @@ pub struct Round {
     pub dirty_pages: u64,
     /// How long it took.
     pub duration_us: u64,
+    /// What else it has that is not promised.
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, serde_json::Value>,
 }
 
 /// What `MSG_ZEROCOPY` did.

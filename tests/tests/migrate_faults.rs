@@ -136,7 +136,10 @@ fn poll(is_so: impl Fn() -> bool) -> Result<()> {
 
 #[test]
 fn a_cancelled_migration_leaves_the_container_where_it_was() -> Result<()> {
-    let cancel = |migrate: &Migrate, _: &mut Serve| migrate.signal(Signal::SIGINT).or(Ok(()));
+    let cancel = |migrate: &Migrate, _: &mut Serve| {
+        poll(|| migrate.is_prepared_for(Signal::SIGINT))?;
+        migrate.signal(Signal::SIGINT).or(Ok(()))
+    };
     let mut stayed = 0;
     for moment in [10, 30, 50, 70, 90, 110].map(Start).into_iter().chain([0, 2, 5].map(LinkDown)) {
         let mut case = Case::new()?;
