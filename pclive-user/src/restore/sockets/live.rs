@@ -44,6 +44,11 @@ pub(super) fn no_delay(fd: BorrowedFd<'_>, on: bool) -> nix::Result<()> {
     sockopt::set_int(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, on.into())
 }
 
+/// Whether others may have the port beside it.
+pub(super) fn reuse_address(fd: BorrowedFd<'_>, on: bool, name: &Name<'_>) -> Result<(), RestoreError> {
+    name.call("SO_REUSEADDR", sockopt::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, on.into()))
+}
+
 impl Waiting {
     /// First half of going live: out of repair mode, and what the source had sent goes out again.
     pub(super) fn resend(&self, fd: BorrowedFd<'_>, injector: &Injector) -> Result<(), RestoreError> {
@@ -51,7 +56,9 @@ impl Waiting {
         if self.fin_received {
             name.call("send a FIN", injector.send(&self.fin()))?;
         }
-        name.call("TCP_REPAIR off", Repair::resume(fd, false).leave())?;
+        // With reuse until its options are set: should pclive be killed meanwhile, what the kernel is left with must not keep
+        // the port from a container that is moved here next.
+        name.call("TCP_REPAIR off", Repair::resume(fd, true).leave())?;
         // A segment of its own: its acknowledgement is a measurement even if the data after it was lost.
         send_record(fd, &[PROBE], &name)?;
         send_record(fd, &self.sent[1..], &name)
@@ -73,6 +80,7 @@ impl Waiting {
         if name.call("SIOCOUTQNSD", sockopt::unsent_bytes(fd))? == 0 {
             self.restore_delay(fd)?;
         }
+        reuse_address(fd, false, &name)?;
         for (known, value) in &self.options {
             name.call(known.label, sockopt::set(fd, known.level, known.name, value))?;
         }

@@ -1,6 +1,6 @@
 //! TCP sockets: listeners, closed ones, and connections.
 
-use super::live::{PROBE, Waiting, no_delay};
+use super::live::{PROBE, Waiting, no_delay, reuse_address};
 use super::route::{self, Metrics};
 use super::{Buffers, Defaults, Name, RestoreError, new_socket, set_options};
 use crate::capture::sockets::options::{Family, When, find_int};
@@ -32,10 +32,7 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
     let options = defaults.differing(fd.as_fd(), family, false, &socket.options, &name)?;
     set_options(fd.as_fd(), &options, When::Birth, &name)?;
     // A container that comes back finds connections of its earlier stay here in TIME_WAIT: they must not keep the port.
-    let reuse = |on| {
-        name.call("SO_REUSEADDR", sockopt::set_int(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, on))
-    };
-    reuse(1)?;
+    reuse_address(fd.as_fd(), true, &name)?;
     if let Some(local) = socket.local {
         let transparent = Transparent::on(fd.as_fd(), &socket.options, &name)?;
         name.call("bind", bind(fd.as_raw_fd(), &SockaddrStorage::from(local)))?;
@@ -55,7 +52,7 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
         },
         TcpState::Closed | TcpState::Connected(_) => (),
     }
-    reuse(0)?;
+    reuse_address(fd.as_fd(), false, &name)?;
     set_options(fd.as_fd(), &options, When::Live, &name)?;
     Ok(fd)
 }
