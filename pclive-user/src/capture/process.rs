@@ -67,13 +67,13 @@ pub fn vdso(vmas: &[Vma]) -> Option<PageRange> {
     vmas.iter().find(|vma| vma.backing == Backing::Special(SpecialMapping::Vdso)).map(|vma| vma.range)
 }
 
-/// Opens memory and finds the system call instruction of a process.
+/// Opens memory and finds the system call instruction of a process, which is in its vDSO.
 pub fn prepare_injection(
     pid: HostPid,
-    vmas: &[Vma],
+    vdso: Option<PageRange>,
 ) -> Result<(ProcessMemory, SyscallInstruction), ProcessError> {
     let memory = ProcessMemory::open(pid)?;
-    let syscall = SyscallInstruction::find(pid, &memory, vdso(vmas).ok_or(ProcessError::NoVdso(pid))?)?;
+    let syscall = SyscallInstruction::find(pid, &memory, vdso.ok_or(ProcessError::NoVdso(pid))?)?;
     Ok((memory, syscall))
 }
 
@@ -156,7 +156,7 @@ pub fn capture_stopped(
     unbound: &[CpuSet],
 ) -> Result<Process, ProcessError> {
     let pid = stopped.pid;
-    let (memory, syscall) = prepare_injection(pid, &layout.vmas)?;
+    let (memory, syscall) = prepare_injection(pid, vdso(&layout.vmas))?;
     let leader = &stopped.leader().tracee;
     let arena = Borrowed::lend(leader, syscall, |borrowed| borrowed.map_arena(ARENA_SIZE, None))?;
     let asked = Asked::ask(stopped, syscall, &arena);

@@ -6,7 +6,7 @@
 use pclive_wire::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
 use pclive_wire::{HostPid, PageRange, VirtAddr};
 use procfs::FromRead;
-use procfs::process::{MMPermissions, MMapPath, MemoryMap, VmFlags};
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps, VmFlags};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -65,7 +65,7 @@ impl VmaReader {
     pub fn read(&mut self) -> Result<&[Vma], VmaError> {
         let maps = read_file(&self.path("maps"))?;
         if maps != self.text {
-            let all = self.read_all()?;
+            let all = self.parse(&read_file(&self.path("smaps"))?)?;
             if let Some(&(range, reason)) = all.unsupported.first() {
                 return Err(VmaError::Unsupported { pid: self.pid, range, reason });
             }
@@ -75,22 +75,20 @@ impl VmaReader {
         Ok(&self.vmas)
     }
 
-    /// Every mapping that cannot be moved, for preflight.
-    pub fn survey(&self) -> Result<Vec<UnsupportedVma>, VmaError> {
-        self.read_all().map(|all| all.unsupported)
+    /// Every mapping that cannot be moved, by the text of `smaps`, for preflight.
+    pub fn survey(&self, smaps: &str) -> Result<Vec<UnsupportedVma>, VmaError> {
+        self.parse(smaps.as_bytes()).map(|all| all.unsupported)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        format!("/proc/{}/{name}", self.pid).into()
+        path(self.pid, name)
     }
 
-    fn read_all(&self) -> Result<Smaps, VmaError> {
-        let path = self.path("smaps");
-        let text = read_file(&path)?;
-        let maps = procfs::process::MemoryMaps::from_read(text.as_slice())
-            .map_err(|source| VmaError::Parse { path, source })?;
+    fn parse(&self, smaps: &[u8]) -> Result<Smaps, VmaError> {
+        let maps =
+            MemoryMaps::from_read(smaps).map_err(|source| VmaError::Parse { path: self.path("smaps"), source })?;
         let mut all =
-            Smaps { maps: maps_lines(&text), vmas: Vec::new(), unsupported: Vec::new(), complete: true };
+            Smaps { maps: maps_lines(smaps), vmas: Vec::new(), unsupported: Vec::new(), complete: true };
         for map in maps {
             let range = PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1));
             let is_file = matches!(map.pathname, MMapPath::Path(_));
@@ -176,6 +174,19 @@ impl VmaReader {
         let path = path.as_os_str().to_owned().into_vec();
         Ok(Some(Backing::File { path, offset: map.offset, shared, size: metadata.len() }))
     }
+}
+
+/// Where the vDSO of a process is: `maps` alone, so the process may stand still meanwhile.
+pub fn find_vdso(pid: HostPid) -> Result<Option<PageRange>, VmaError> {
+    let path = path(pid, "maps");
+    let text = read_file(&path)?;
+    let maps = MemoryMaps::from_read(text.as_slice()).map_err(|source| VmaError::Parse { path, source })?;
+    let vdso = maps.into_iter().find(|map| map.pathname == MMapPath::Vdso);
+    Ok(vdso.map(|map| PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1))))
+}
+
+fn path(pid: HostPid, name: &str) -> PathBuf {
+    format!("/proc/{pid}/{name}").into()
 }
 
 /// What `smaps` says.

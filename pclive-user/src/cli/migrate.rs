@@ -6,6 +6,7 @@ use crate::engine::report::Report;
 use crate::engine::source::{MigrateError, Options, migrate};
 use crate::policy::mode::Mode;
 use crate::runtime::{self, ContainerId};
+use crate::track::programs::Watch;
 use crate::transport::{Cancellation, ZeroCopy};
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -83,8 +84,9 @@ pub fn run(args: MigrateArgs) -> Result<ExitCode> {
     let cancellation = Cancellation::new()?;
     cancellation.watch_signals()?;
     let options = options(&args)?;
+    let tracker = args.tracker.load(Watch::Writes)?;
     let mut report = Report::default();
-    let result = migrate(&options, runtime.as_ref(), &cancellation, reporter().as_mut(), &mut report);
+    let result = migrate(&options, tracker, runtime.as_ref(), &cancellation, reporter().as_mut(), &mut report);
     let code = conclude(&result, &mut report);
     if let Some(path) = &args.json {
         write_report(path, &report)?;
@@ -105,7 +107,6 @@ fn options(args: &MigrateArgs) -> Result<Options> {
         hot_rounds: args.hot_rounds,
         patch_pages: !args.whole_pages,
         zero_copy: args.zerocopy,
-        tracker: args.tracker.tier()?,
     })
 }
 

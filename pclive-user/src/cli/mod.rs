@@ -6,7 +6,8 @@ mod progress;
 mod serve;
 pub mod track;
 
-use crate::track::Tier;
+use crate::track::programs::Watch;
+use crate::track::{Tier, Tracker};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use pclive_wire::control::Failure;
@@ -65,17 +66,16 @@ enum TrackerArg {
 }
 
 impl TrackerArg {
-    /// The tier; one that is asked for by name must be there.
-    fn tier(self) -> Result<Tier> {
+    /// The tracker; one that is asked for by name must be there.
+    fn load(self, watch: Watch) -> Result<Tracker> {
         let tier = match self {
-            Self::Auto => return Ok(Tier::best()),
+            Self::Auto => return Ok(Tracker::best(watch)),
             Self::Fentry => Tier::Fentry,
             Self::Tracepoint => Tier::Tracepoint,
             Self::Scan => Tier::Scan,
         };
-        tier.probe()
-            .with_context(|| format!("tracker {tier} is not available on this host (see `pclive check`)"))?;
-        Ok(tier)
+        Tracker::of_tier(tier, watch)
+            .with_context(|| format!("tracker {tier} is not available on this host (see `pclive check`)"))
     }
 }
 

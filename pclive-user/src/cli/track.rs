@@ -7,6 +7,7 @@ mod session;
 use super::{RuntimeArgs, TrackerArg, write_report};
 use crate::{
     runtime::{self, ContainerId},
+    track::programs::Watch,
     transport::Cancellation,
 };
 use anyhow::{Context, Result, ensure};
@@ -50,15 +51,15 @@ pub fn run(args: TrackArgs) -> Result<ExitCode> {
     let runtime = runtime::open(&args.runtime.runtime, args.runtime.root.as_deref())?;
     let state = runtime.state(&ContainerId::new(&args.container)?)?;
     let init = state.init.with_context(|| format!("container {} is {}", state.id, state.status))?;
-    let tier = args.tracker.tier()?;
-    let source = tier.fault_source();
-    ensure!(!args.audit || source.is_some(), "--audit compares with eBPF, which tier {tier} does not use");
+    let tracker = args.tracker.load(Watch::Everything)?;
+    let tier = tracker.tier();
+    ensure!(!args.audit || tier.fault_source().is_some(), "--audit compares with eBPF, which tier {tier} does not use");
 
     // Without this, Ctrl-C could leave an audited container frozen.
     let cancellation = Cancellation::new()?;
     cancellation.watch_signals()?;
     let interval = Duration::from_millis(args.interval);
-    let mut session = Session::start(init, source, args.audit)?;
+    let mut session = Session::start(init, tracker, args.audit)?;
     let mut report = TrackReport::new(args.container, tier, interval, session.attach_stop());
     // With `--json -` standard output is the report's alone.
     let mut out: Box<dyn Write> = match &args.json {

@@ -20,7 +20,7 @@
 
 use crate::capture::SourceProcess;
 use crate::capture::process::{ProcessError, prepare_injection};
-use crate::capture::vmas::VmaReader;
+use crate::capture::vmas::find_vdso;
 use crate::track::last_look;
 use nix::errno::Errno;
 use pclive_sys::mem::ProcessMemory;
@@ -141,9 +141,8 @@ impl TrackedProcess {
     fn attach_stopped(process: &SourceProcess, tracee: &Tracee) -> Result<Self, TrackError> {
         let pid = process.pid;
         let inject = |source| TrackError::Inject { pid, source };
-        let mut vmas = VmaReader::new(pid);
-        let vmas = vmas.read().map_err(|source| inject(source.into()))?;
-        let (memory, syscall) = prepare_injection(pid, vmas).map_err(inject)?;
+        let vdso = find_vdso(pid).map_err(|source| inject(source.into()))?;
+        let (memory, syscall) = prepare_injection(pid, vdso).map_err(inject)?;
         let pagemap = Pagemap::open(pid)?;
         let taken = Borrowed::lend(tracee, syscall, |borrowed| {
             let arena = borrowed.map_arena(ARENA_SIZE, None)?;

@@ -6,8 +6,9 @@ pub mod digests;
 pub mod heat;
 mod last_look;
 pub mod observer;
+pub mod programs;
 pub mod tier;
 
 pub use heat::Heat;
 pub use observer::WriteObserver;
-pub use tier::Tier;
+pub use tier::{Tier, Tracker};

@@ -1,6 +1,9 @@
 //! The ways of finding out which pages were written.
 
-use super::observer::{FaultSource, ObserveError, WriteObserver};
+use super::WriteObserver;
+use super::programs::{FaultSource, ObserveError, ProgramLoader, Programs, RingSizes, Watch};
+use crate::runtime::Cgroup;
+use pclive_wire::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -34,13 +37,50 @@ impl Tier {
     /// Tries whether this kernel lets pclive use the tier's eBPF programs: loads them and throws them away. What every
     /// tier needs besides (userfaultfd, `PAGEMAP_SCAN`) is not looked at.
     pub fn probe(self) -> Result<(), ObserveError> {
-        self.fault_source().map_or(Ok(()), WriteObserver::probe)
+        let Some(source) = self.fault_source() else { return Ok(()) };
+        let sizes = RingSizes { writes: PAGE_SIZE as u32, changes: PAGE_SIZE as u32 };
+        ProgramLoader::new()?.load(source, Watch::Everything, sizes).map(drop)
+    }
+}
+
+/// A tier that this host offers, ready to be used: its eBPF programs are loaded.
+pub struct Tracker {
+    tier: Tier,
+    programs: Option<Programs>,
+}
+
+impl Tracker {
+    /// A tracker of this tier.
+    pub fn of_tier(tier: Tier, watch: Watch) -> Result<Self, ObserveError> {
+        let load = |source| ProgramLoader::new()?.load(source, watch, RingSizes::default());
+        Ok(Self { tier, programs: tier.fault_source().map(load).transpose()? })
     }
 
-    /// The best tier that [`Tier::probe`] finds.
-    pub fn best() -> Tier {
-        let usable = |tier: &Tier| tier.probe().inspect_err(|error| tracing::debug!(%tier, %error)).is_ok();
-        Self::ALL.into_iter().find(usable).unwrap_or(Tier::Scan)
+    /// A tracker of the best tier that can be had.
+    pub fn best(watch: Watch) -> Self {
+        let mut loader = match ProgramLoader::new() {
+            Ok(loader) => loader,
+            Err(error) => {
+                tracing::debug!(%error, "no eBPF");
+                return Self { tier: Tier::Scan, programs: None };
+            }
+        };
+        let mut load = |tier: Tier| {
+            let programs = loader.load(tier.fault_source()?, watch, RingSizes::default());
+            let programs = programs.inspect_err(|error| tracing::debug!(%tier, %error)).ok()?;
+            Some(Self { tier, programs: Some(programs) })
+        };
+        Tier::ALL.into_iter().find_map(&mut load).unwrap_or(Self { tier: Tier::Scan, programs: None })
+    }
+
+    /// Its tier.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Watches a container, if the tier does more than scan.
+    pub fn observe(self, container: &Cgroup) -> Result<Option<WriteObserver>, ObserveError> {
+        self.programs.map(|programs| WriteObserver::attach(programs, container)).transpose()
     }
 }
 
@@ -60,7 +100,7 @@ mod tests {
 
     #[test]
     fn the_chosen_tier_is_the_first_that_probes_well() {
-        let best = Tier::best();
+        let best = Tracker::best(Watch::Writes).tier();
         assert!(best.probe().is_ok());
         assert!(Tier::ALL.iter().filter(|tier| **tier < best).all(|tier| tier.probe().is_err()));
     }

@@ -46,7 +46,7 @@ const FLAGS: [(&str, &str, &str); 4] = [
 pub(super) fn survey(process: &SourceProcess, obstacles: &mut Obstacles) -> Result<(), PreflightError> {
     let smaps = read(process.pid, "smaps")?;
     let names: HashMap<u64, &str> = smaps.lines().filter_map(parse_header).collect();
-    for (range, reason) in VmaReader::new(process.pid).survey()? {
+    for (range, reason) in VmaReader::new(process.pid).survey(&smaps)? {
         let name = names.get(&range.start.0).copied().unwrap_or_default();
         let known = OBJECTS.iter().find(|(start, ..)| name.starts_with(start));
         let (reason, remedy) = match known {

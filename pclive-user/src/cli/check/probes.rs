@@ -1,7 +1,7 @@
 //! The questions that `pclive check` asks a host.
 
 use crate::host::{accesses_all_memory, has_capability};
-use crate::track::{Tier, observer::ObserveError};
+use crate::track::{Tier, programs::ObserveError};
 use anyhow::{Context, Result, bail, ensure};
 use pclive_sys::{
     kcmp,

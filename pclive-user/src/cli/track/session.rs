@@ -5,8 +5,8 @@ use crate::{
     engine::source::Container,
     runtime::{Cgroup, CgroupError},
     track::{
-        Heat, WriteObserver,
-        observer::{ChangeKind, Drained, FaultSource, Lost, Watch, now},
+        Heat, Tracker, WriteObserver,
+        observer::{ChangeKind, Drained, Lost, now},
     },
 };
 use anyhow::Result;
@@ -82,10 +82,9 @@ pub struct Session {
 
 impl Session {
     /// Attaches to the container whose PID 1 is `init`.
-    pub fn start(init: HostPid, source: Option<FaultSource>, audit: bool) -> Result<Self> {
+    pub fn start(init: HostPid, tracker: Tracker, audit: bool) -> Result<Self> {
         let cgroup = Cgroup::of(init)?;
-        let observer =
-            source.map(|source| WriteObserver::attach(&cgroup, source, Watch::Everything)).transpose()?;
+        let observer = tracker.observe(&cgroup)?;
         let mut session = Self {
             cgroup,
             container: Container::open(init)?,

@@ -34,8 +34,8 @@ use crate::host::{self, HostError};
 use crate::policy::hot::HotPages;
 use crate::policy::mode::Mode;
 use crate::runtime::{ContainerId, LinkError, Links, Runtime, RuntimeError, Status};
-use crate::track::observer::{ObserveError, Watch};
-use crate::track::{Heat, Tier, WriteObserver};
+use crate::track::programs::ObserveError;
+use crate::track::{Heat, Tracker, WriteObserver};
 use crate::transport::{self, Cancellation, Pace, PageSender, SourceChannel, ZeroCopy};
 use freeze::{Frozen, Handed};
 use nix::sys::resource::UsageWho;
@@ -76,8 +76,6 @@ pub struct Options {
     pub patch_pages: bool,
     /// Whether pages are sent without a copy.
     pub zero_copy: ZeroCopy,
-    /// How writes are tracked.
-    pub tracker: Tier,
 }
 
 /// What a migration tells while it runs.
@@ -165,9 +163,10 @@ struct Migration<'a> {
     frozen: Option<Frozen>,
 }
 
-/// Moves a container. The report is filled in as far as the migration came.
+/// Moves a container, whose writes `tracker` tracks. The report is filled in as far as the migration came.
 pub fn migrate(
     options: &Options,
+    tracker: Tracker,
     runtime: &dyn Runtime,
     cancellation: &Cancellation,
     progress: &mut dyn Progress,
@@ -177,7 +176,7 @@ pub fn migrate(
     clock.enter("preflight");
     report.container = options.container.to_string();
     report.mode = options.mode.to_string();
-    report.tracker = options.tracker.to_string();
+    report.tracker = tracker.tier().to_string();
     let container = preflight(options, runtime)?;
     clock.enter("connect");
     let facts = host::facts()?;
@@ -198,9 +197,7 @@ pub fn migrate(
     let sender = PageSender::connect(options.to, accepted.token, 0, pace)?.with_zero_copy(options.zero_copy);
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
-    let source = options.tracker.fault_source();
-    let observer =
-        source.map(|source| WriteObserver::attach(container.cgroup(), source, Watch::Writes)).transpose()?;
+    let observer = tracker.observe(container.cgroup())?;
     let mut migration = Migration {
         options,
         runtime,

@@ -3,14 +3,19 @@
 use super::*;
 use crate::{
     capture::{SourceProcess, vmas::VmaReader},
-    track::attach::TrackedProcess,
+    track::{
+        Tier,
+        attach::TrackedProcess,
+        programs::{FAULT_FUNCTION, FaultSource, ProgramLoader, RingSizes, Watch},
+    },
 };
+use pclive_wire::PAGE_SIZE;
 use pclive_sys::{mem::ProcessMemory, pidfd::pidfd_open};
 use pclive_wire::NsPid;
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -37,7 +42,8 @@ impl TestCgroup {
 
     fn observe(&self, source: FaultSource, sizes: RingSizes) -> Result<WriteObserver> {
         let anchor = Worker::start(&self.path);
-        WriteObserver::attach_with(&Cgroup::of(anchor.pid()).unwrap(), source, Watch::Everything, sizes)
+        let programs = ProgramLoader::new()?.load(source, Watch::Everything, sizes)?;
+        WriteObserver::attach(programs, &Cgroup::of(anchor.pid()).unwrap())
     }
 }
 
@@ -50,8 +56,8 @@ impl Drop for TestCgroup {
 
 /// The sources that this kernel has.
 fn sources() -> Vec<FaultSource> {
-    let sources = [FaultSource::Tracepoint, FaultSource::Fentry];
-    let usable: Vec<_> = sources.into_iter().filter(|source| WriteObserver::probe(*source).is_ok()).collect();
+    let usable = [Tier::Tracepoint, Tier::Fentry].into_iter().filter(|tier| tier.probe().is_ok());
+    let usable: Vec<_> = usable.filter_map(Tier::fault_source).collect();
     assert!(usable.contains(&FaultSource::Tracepoint));
     usable
 }
@@ -301,9 +307,10 @@ fn processes_that_come_change_and_go_are_seen() {
 #[test]
 fn a_source_that_probes_well_attaches_and_one_that_does_not_says_why() {
     let cgroup = TestCgroup::new();
-    for source in [FaultSource::Tracepoint, FaultSource::Fentry] {
+    for tier in [Tier::Tracepoint, Tier::Fentry] {
+        let source = tier.fault_source().expect("these tiers have one");
         let attached = cgroup.observe(source, RingSizes::default()).map(drop);
-        match (WriteObserver::probe(source), attached) {
+        match (tier.probe(), attached) {
             (Ok(()), Ok(())) => {}
             (Err(probe), Err(attach)) => {
                 assert_eq!(probe.to_string(), attach.to_string());
