@@ -85,8 +85,8 @@ impl VmaReader {
     }
 
     fn parse(&self, smaps: &[u8]) -> Result<Smaps, VmaError> {
-        let maps =
-            MemoryMaps::from_read(smaps).map_err(|source| VmaError::Parse { path: self.path("smaps"), source })?;
+        let maps = MemoryMaps::from_read(smaps)
+            .map_err(|source| VmaError::Parse { path: self.path("smaps"), source })?;
         let mut all =
             Smaps { maps: maps_lines(smaps), vmas: Vec::new(), unsupported: Vec::new(), complete: true };
         for map in maps {

@@ -2,6 +2,7 @@
 
 use super::progress::reporter;
 use super::{RuntimeArgs, TrackerArg, chain, exit, require_insecure, write_report};
+use crate::engine::background::Background;
 use crate::engine::report::Report;
 use crate::engine::source::{MigrateError, Options, migrate};
 use crate::policy::mode::Mode;
@@ -72,6 +73,9 @@ pub struct MigrateArgs {
     json: Option<PathBuf>,
 }
 
+/// What the nice value is higher by, at most, while the eBPF programs are loaded.
+const LOADING_NICE: u8 = 10;
+
 /// Takes the names of the modes, and shows them in the help.
 fn mode_parser() -> impl TypedValueParser<Value = Mode> {
     PossibleValuesParser::new(Mode::ALL.map(Mode::name)).try_map(|name| name.parse::<Mode>())
@@ -84,9 +88,14 @@ pub fn run(args: MigrateArgs) -> Result<ExitCode> {
     let cancellation = Cancellation::new()?;
     cancellation.watch_signals()?;
     let options = options(&args)?;
-    let tracker = args.tracker.load(Watch::Writes)?;
+    let tracker = {
+        // It takes a while, and there is no hurry yet. Nobody looks whether it gets to run: so not as far back as others.
+        let _background = Background::enter(args.nice.min(LOADING_NICE));
+        args.tracker.load(Watch::Writes)?
+    };
     let mut report = Report::default();
-    let result = migrate(&options, tracker, runtime.as_ref(), &cancellation, reporter().as_mut(), &mut report);
+    let result =
+        migrate(&options, tracker, runtime.as_ref(), &cancellation, reporter().as_mut(), &mut report);
     let code = conclude(&result, &mut report);
     if let Some(path) = &args.json {
         write_report(path, &report)?;

@@ -53,7 +53,10 @@ pub fn run(args: TrackArgs) -> Result<ExitCode> {
     let init = state.init.with_context(|| format!("container {} is {}", state.id, state.status))?;
     let tracker = args.tracker.load(Watch::Everything)?;
     let tier = tracker.tier();
-    ensure!(!args.audit || tier.fault_source().is_some(), "--audit compares with eBPF, which tier {tier} does not use");
+    ensure!(
+        !args.audit || tier.fault_source().is_some(),
+        "--audit compares with eBPF, which tier {tier} does not use"
+    );
 
     // Without this, Ctrl-C could leave an audited container frozen.
     let cancellation = Cancellation::new()?;

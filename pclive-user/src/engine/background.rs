@@ -5,12 +5,16 @@
 //! nobody's work is more urgent. The kernel weighs a nice value against others of the same group of tasks only (sched(7),
 //! "The autogroup feature", and the cgroup controller `cpu`).
 //!
-//! That alone is not enough where there are no idle processors: a thread that had to wait for one pauses after each piece of its
-//! work ([`crate::policy::courtesy`]). And where others take all of them, nothing would ever be sent at nice 19: one busy task
-//! leaves it 1.4 %. So a thread that hardly gets to run comes forward again, step by step.
+//! Not everything can wait, though. While pclive reads the container's memory it holds locks of that address space
+//! (`mmap_lock`), and if it lost the processor with them for long, the container could not map memory meanwhile. So that is
+//! done at the usual priority ([`urgently`]).
+//!
+//! Where there are no idle processors it decides more than speed: [`crate::policy::courtesy`] says how far a thread stands
+//! back, by what it gets to run.
 
 use crate::host::has_capability;
-use crate::policy::courtesy::{is_starved, pause};
+use crate::policy::courtesy::Standing;
+use nix::libc::SCHED_IDLE;
 use nix::time::{ClockId, clock_gettime};
 use pclive_sys::thread::{scheduling, set_scheduling};
 use pclive_wire::HostPid;
@@ -28,78 +32,103 @@ const SELF: HostPid = HostPid(0);
 const CAP_SYS_NICE: u32 = 23;
 
 /// How often a thread looks whether it gets to run.
-const LOOK: Duration = Duration::from_secs(1);
-/// How far it comes forward at once: about three times the share of a processor.
-const STEP: i32 = 5;
+const LOOK: Duration = Duration::from_millis(250);
 
-/// The calling thread steps back behind others as long as this lives.
+/// The calling thread stands back behind others as long as this lives.
 #[derive(Debug)]
 pub struct Background {
     usual: Scheduling,
-    nice: i32,
-    /// `None` if the kernel does not count what a thread waits for: then it neither pauses nor comes forward.
+    farthest: Standing,
+    standing: Standing,
+    /// `None` if the kernel does not count what a thread waits for: then it is only nice.
     meter: Option<Meter>,
     /// When it looked last whether it gets to run, and what it had had by then.
     looked: Instant,
-    had_then: Had,
-    /// What it had had after its last piece of work.
     had: Had,
-    paused: Duration,
+    /// What it had had when it stepped back.
+    had_at_first: Had,
     /// It is this thread's.
     thread: PhantomData<*const ()>,
 }
 
 impl Background {
-    /// Adds `nice` to the nice value of the calling thread. `None` if that is nothing, or could not be done and taken back.
+    /// Adds `nice` to the nice value of the calling thread; 19 has it stand behind all others. `None` if that is nothing, or
+    /// could not be done and taken back.
     pub fn enter(nice: u8) -> Option<Self> {
         if nice == 0 || !has_capability(CAP_SYS_NICE).unwrap_or(false) {
             return None;
         }
         // Its processors stay as they are.
         let usual = Scheduling { cpus: Vec::new(), ..scheduling(SELF, &[]).ok()? };
-        let nice = usual.nice.saturating_add(nice.into()).min(19);
-        set_scheduling(SELF, &Scheduling { nice, ..usual.clone() }).ok()?;
         let meter = Meter::open();
         let had = meter.as_ref().and_then(Meter::read).unwrap_or_default();
-        let (looked, paused, thread) = (Instant::now(), Duration::ZERO, PhantomData);
-        Some(Self { usual, nice, meter, looked, had_then: had, had, paused, thread })
+        // Nobody would see that it never gets to run there.
+        let farthest = if meter.is_some() { Standing::behind(nice) } else { Standing::behind(nice.min(18)) };
+        let (looked, thread) = (Instant::now(), PhantomData);
+        let mut background =
+            Self { usual, farthest, standing: farthest, meter, looked, had, had_at_first: had, thread };
+        background.stand_at(farthest).ok()?;
+        Some(background)
     }
 
-    /// To be called after each small piece of work: leaves the processor to others for a while if it had to wait for it, and
-    /// comes forward a step if it has hardly got to run.
+    /// To be called after each small piece of work: where the thread stands depends on what it has got to run lately.
     pub fn give_way(&mut self) {
+        if self.looked.elapsed() < LOOK {
+            return;
+        }
         if let Some(has) = self.meter.as_ref().and_then(Meter::read) {
-            self.yield_for(has);
+            self.take_stand(has);
         }
     }
 
-    fn yield_for(&mut self, has: Had) {
-        if self.looked.elapsed() >= LOOK {
-            let (ran, waited) = has.since(self.had_then);
-            if is_starved(ran, waited, LOOK) {
-                self.come_forward();
-            }
-            (self.looked, self.had_then) = (Instant::now(), has);
-        }
+    fn take_stand(&mut self, has: Had) {
         let (ran, waited) = has.since(self.had);
-        let pause = pause(ran, waited);
-        if !pause.is_zero() {
-            std::thread::sleep(pause);
-            self.paused += pause;
-        }
-        self.had = has;
+        let next = self.standing.next(ran, waited, self.farthest);
+        self.try_to_stand_at(next);
+        (self.looked, self.had) = (Instant::now(), has);
     }
 
-    /// For how long it has left the processors to others.
-    pub fn paused(&self) -> Duration {
-        self.paused
+    fn try_to_stand_at(&mut self, standing: Standing) {
+        if standing != self.standing
+            && let Err(error) = self.stand_at(standing)
+        {
+            tracing::debug!("pclive cannot change its priority: {error}");
+        }
     }
 
-    fn come_forward(&mut self) {
-        let nice = (self.nice - STEP).max(self.usual.nice);
-        if set_scheduling(SELF, &Scheduling { nice, ..self.usual.clone() }).is_ok() {
-            self.nice = nice;
-        }
+    fn stand_at(&mut self, standing: Standing) -> nix::Result<()> {
+        let usual = &self.usual;
+        let nice = |by: u8| usual.nice.saturating_add(by.into()).min(19);
+        let scheduling = match standing.nice() {
+            Some(by) => Scheduling { nice: nice(by), ..usual.clone() },
+            None => Scheduling { policy: SCHED_IDLE, nice: 19, ..usual.clone() },
+        };
+        set_scheduling(SELF, &scheduling)?;
+        self.standing = standing;
+        Ok(())
+    }
+
+    /// The thread has its usual priority as long as `work` takes.
+    fn urgently<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let standing = self.standing;
+        self.try_to_stand_at(Standing::USUAL);
+        let done = work();
+        self.try_to_stand_at(standing);
+        done
+    }
+
+    /// For how long it has waited for a processor.
+    pub fn waited(&self) -> Duration {
+        let has = self.meter.as_ref().and_then(Meter::read).unwrap_or_default();
+        has.since(self.had_at_first).1
+    }
+}
+
+/// Does what holds locks that the container needs, too: at the thread's usual priority.
+pub fn urgently<T>(background: &mut Option<Background>, work: impl FnOnce() -> T) -> T {
+    match background {
+        Some(background) => background.urgently(work),
+        None => work(),
     }
 }
 
@@ -159,43 +188,40 @@ mod tests {
 
     const SELF_PID: Pid = Pid::from_raw(0);
 
+    fn own() -> (i32, i32) {
+        let own = scheduling(SELF, &[]).unwrap();
+        (own.policy, own.nice)
+    }
+
     #[test]
     fn a_thread_has_its_own_priority_back_afterwards() {
-        let nice = || scheduling(SELF, &[]).unwrap().nice;
-        let usual = nice();
-        let background = Background::enter(7).expect("tests run as root");
-        assert_eq!(nice(), usual + 7);
-        let elsewhere = std::thread::spawn(move || Background::enter(40).map(|_| nice()));
-        assert_eq!(elsewhere.join().unwrap(), Some(19), "no more than the kernel knows");
-        assert_eq!(nice(), usual + 7);
+        let usual = own();
+        let mut background = Background::enter(7);
+        assert_eq!(own(), (usual.0, usual.1 + 7));
+        assert_eq!(urgently(&mut background, own), usual);
+        assert_eq!(own(), (usual.0, usual.1 + 7));
+        let elsewhere = std::thread::spawn(move || Background::enter(40).map(|_| own()));
+        assert_eq!(elsewhere.join().unwrap(), Some((SCHED_IDLE, 19)), "no farther than the kernel knows");
+        assert_eq!(own(), (usual.0, usual.1 + 7));
         drop(background);
-        assert_eq!(nice(), usual);
+        assert_eq!(own(), usual);
         assert!(Background::enter(0).is_none());
     }
 
     #[test]
-    fn a_thread_that_hardly_runs_comes_forward() {
+    fn a_thread_that_hardly_runs_comes_forward_and_goes_back_when_it_does() {
+        let usual = own();
         let mut background = Background::enter(19).expect("tests run as root");
-        let starving = Had { waited: background.had.waited + 2 * LOOK, ..background.had };
-        background.yield_for(starving);
-        assert_eq!(background.nice, 19, "not yet");
-        background.looked -= LOOK;
-        background.yield_for(starving);
-        assert_eq!(background.nice, 19 - STEP);
-        assert_eq!(scheduling(SELF, &[]).unwrap().nice, 19 - STEP);
-        assert_eq!(background.paused(), Duration::ZERO, "it has not had anything");
-    }
-
-    #[test]
-    fn a_thread_that_had_to_wait_pauses_once() {
-        const MS: Duration = Duration::from_millis(1);
-        let mut background = Background::enter(19).expect("tests run as root");
-        let busy = Had { ran: background.had.ran + 2 * MS, waited: background.had.waited + MS };
-        let start = Instant::now();
-        background.yield_for(busy);
-        background.yield_for(busy);
-        assert_eq!(background.paused(), 8 * MS);
-        assert!(start.elapsed() >= 8 * MS);
+        let starving = Had { waited: background.had.waited + LOOK, ..background.had };
+        background.take_stand(starving);
+        assert_eq!(own(), (usual.0, 19));
+        let starving = Had { waited: starving.waited + LOOK, ..starving };
+        background.take_stand(starving);
+        assert_eq!(own(), (usual.0, (usual.1 + 14).min(19)));
+        for _ in 0..2 {
+            background.take_stand(Had { ran: background.had.ran + LOOK, ..background.had });
+        }
+        assert_eq!(own(), (SCHED_IDLE, 19));
     }
 
     #[test]
@@ -209,7 +235,7 @@ mod tests {
             let before = meter.read().unwrap();
             let start = Instant::now();
             // Until both have had their turns: how soon that is, the scheduler knows.
-            while meter.read().unwrap().since(before).1.is_zero() && start.elapsed() < 10 * LOOK {
+            while meter.read().unwrap().since(before).1.is_zero() && start.elapsed() < 40 * LOOK {
                 std::hint::spin_loop();
             }
             meter.read().unwrap().since(before)

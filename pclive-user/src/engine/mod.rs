@@ -22,7 +22,7 @@
 //! The frozen container's dirty pages travel as a round of their own, before the manifest that carries its state, because
 //! reading that state takes longer than finding the pages: the two overlap.
 
-mod background;
+pub mod background;
 mod clock;
 pub mod destination;
 pub mod report;

@@ -61,8 +61,8 @@ pub struct RoundReport {
     pub dirty_pages: u64,
     /// From its begin to the destination having applied it.
     pub duration_us: u64,
-    /// Of it, for how long pclive at the source left busy processors to others.
-    pub paused_us: u64,
+    /// For how long the source's thread waited for a processor meanwhile, while it stood back behind others.
+    pub waited_us: u64,
 }
 
 /// How zero copy did.

@@ -1,56 +1,71 @@
-//! How far background work steps back behind others on busy processors.
+//! How far background work stands back behind others on busy processors.
 //!
-//! A high nice value alone does not do it. Whoever sleeps now and then, as a server and its clients do, leaves gaps, and once
-//! somebody else has a gap, the scheduler lets him have a slice of it before the sleeper is back (`RUN_TO_PARITY` in
-//! kernel/sched/features.h); a kernel that is not preemptible takes even longer. So 1.4 % become 20. But having to wait for a
-//! processor shows that others want it, and then background work leaves it alone for a multiple of that time. Where there are
-//! idle processors nobody waits, and nothing is slowed down.
+//! A high nice value alone is not far enough. Whoever sleeps now and then, as a server and its clients do, leaves gaps, and
+//! once somebody else has a gap, the scheduler lets him have a slice of it before the sleeper is back (`RUN_TO_PARITY` in
+//! kernel/sched/features.h). So the 1.4 % of nice 19 become 15, and the server waits for its clients meanwhile. Whoever
+//! runs as `SCHED_IDLE` leaves the processor as soon as somebody else wants it (`check_preempt_wakeup_fair` in
+//! kernel/sched/fair.c).
 //!
-//! There is a limit to politeness, too: of what it asks for, background work wants to have a sixteenth.
+//! But then it may get nothing at all. There is a limit to politeness: of the time in which it wants to run, background work
+//! wants to have a [`SHARE`], and comes forward step by step while it has less.
 
 use std::time::Duration;
 
 /// One in so many of the moments in which background work wants to run is enough for it.
-const ENOUGH: u32 = 16;
-/// For each moment that it had to wait for a processor it leaves it alone for so many.
-const COURTESY: u32 = 8;
+const SHARE: u32 = 16;
+/// How far it comes forward at once, and goes back again: about three times the share of a processor.
+const STEP: u8 = 5;
 
-/// How long a thread should pause that has run for so long, and waited for so long meanwhile.
-pub fn pause(ran: Duration, waited: Duration) -> Duration {
-    (COURTESY * waited).min((ENOUGH * ran).saturating_sub(ran + waited))
-}
+/// Where a thread stands: how much higher its nice value is than usual, or behind all of those values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Standing(u8);
 
-/// Whether a thread that ran for so long in the last `interval`, and waited for so long meanwhile, got too little.
-pub fn is_starved(ran: Duration, waited: Duration, interval: Duration) -> bool {
-    waited > interval / 2 && ENOUGH * ran < waited
+impl Standing {
+    /// Where a thread stands that is not in the background.
+    pub const USUAL: Self = Self(0);
+    /// Behind whoever has a nice value (`SCHED_IDLE`).
+    pub const LAST: Self = Self(20);
+
+    /// As far back as the asked `nice` means: 19 is as far as it goes.
+    pub fn behind(nice: u8) -> Self {
+        if nice < 19 { Self(nice) } else { Self::LAST }
+    }
+
+    /// What the nice value is higher by; `None` for [`Self::LAST`].
+    pub fn nice(self) -> Option<u8> {
+        (self < Self::LAST).then_some(self.0)
+    }
+
+    /// Where to stand after a while in which the thread ran for so long, and waited for so long to run; never behind
+    /// `farthest`.
+    pub fn next(self, ran: Duration, waited: Duration, farthest: Self) -> Self {
+        if SHARE * ran >= ran + waited {
+            return Self(self.0 + STEP).min(farthest);
+        }
+        // Most of the way from the last place to the one before is that there is a share at all.
+        if self == Self::LAST { Self(19) } else { Self(self.0.saturating_sub(STEP)) }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const MS: Duration = Duration::from_millis(1);
-
     #[test]
-    fn who_had_to_wait_pauses_but_not_for_ever() {
-        for (ran_ms, waited_ms, pause_ms) in [
-            (10, 0, 0),    // idle processors
-            (10, 1, 8),    // somebody else was there
-            (10, 15, 120), //
-            (10, 20, 130), // a sixteenth of the whole
-            (10, 150, 0),  // has less than that anyway
-            (0, 10, 0),
-        ] {
-            assert_eq!(pause(ran_ms * MS, waited_ms * MS), pause_ms * MS, "{ran_ms} {waited_ms}");
-        }
-    }
-
-    #[test]
-    fn who_hardly_runs_is_starved() {
-        for (ran_ms, waited_ms, starved) in
-            [(15, 985, true), (60, 940, false), (1, 200, false), (0, 0, false), (50, 280, false)]
-        {
-            assert_eq!(is_starved(ran_ms * MS, waited_ms * MS, 1000 * MS), starved, "{ran_ms} {waited_ms}");
-        }
+    fn who_gets_little_comes_forward_and_who_gets_enough_goes_back() {
+        const MS: Duration = Duration::from_millis(1);
+        let next = |standing: Standing, ran_ms: u32, waited_ms: u32, nice| {
+            standing.next(ran_ms * MS, waited_ms * MS, Standing::behind(nice))
+        };
+        let steps = |ran_ms, waited_ms, from, nice| {
+            let step = |standing: &Standing| Some(next(*standing, ran_ms, waited_ms, nice));
+            std::iter::successors(Some(from), step).take(6).map(|standing| standing.0).collect::<Vec<_>>()
+        };
+        assert_eq!(steps(15, 235, Standing::LAST, 19), [20, 19, 14, 9, 4, 0], "less than a sixteenth");
+        assert_eq!(steps(16, 234, Standing(0), 19), [0, 5, 10, 15, 20, 20], "a sixteenth");
+        assert_eq!(steps(250, 0, Standing(0), 7), [0, 5, 7, 7, 7, 7], "idle processors");
+        assert_eq!(steps(0, 0, Standing(3), 7)[1], 7, "wants nothing");
+        assert_eq!(Standing::behind(19).nice(), None);
+        assert_eq!(Standing::behind(18).nice(), Some(18));
     }
 }

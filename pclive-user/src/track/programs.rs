@@ -333,4 +333,3 @@ fn check_pid_namespace() -> Result<()> {
         _ => Err(ObserveError::PidNamespace),
     }
 }
-

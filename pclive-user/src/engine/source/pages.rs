@@ -1,7 +1,7 @@
 //! Reading and sending the pages of a round.
 
 use super::sent::Sent;
-use crate::engine::background::Background;
+use crate::engine::background::{Background, urgently};
 use crate::track::attach::batches;
 use crate::track::digests::Digests;
 use crate::transport::{self, PageSender};
@@ -47,9 +47,14 @@ impl<'a> Outgoing<'a> {
         Self { background, ..self }
     }
 
-    /// For how long it has left the processors to others.
-    pub fn paused(&self) -> Duration {
-        self.background.as_ref().map_or(Duration::ZERO, Background::paused)
+    /// For how long it has waited for a processor, in the background.
+    pub fn waited(&self) -> Duration {
+        self.background.as_ref().map_or(Duration::ZERO, Background::waited)
+    }
+
+    /// Does what holds locks that the container needs, too.
+    pub fn urgently<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        urgently(&mut self.background, work)
     }
 
     /// Reads and sends pages of the process `pid`.
@@ -57,8 +62,8 @@ impl<'a> Outgoing<'a> {
         for ranges in batches(pages.ranges(), MAX_BATCH_PAGES as u64) {
             let mut buffer = self.sender.buffer()?;
             let contents = buffer.contents_mut();
-            let missing =
-                memory.read_pages(&ranges, contents).map_err(|source| SendError::Read { pid, source })?;
+            let missing = urgently(&mut self.background, || memory.read_pages(&ranges, contents))
+                .map_err(|source| SendError::Read { pid, source })?;
             let digests = self.before.of(pid).and_then(|before| before.sending(&ranges));
             let runs = compact(&ranges, &missing, contents, digests);
             if !runs.is_empty() {

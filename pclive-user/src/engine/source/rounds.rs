@@ -86,7 +86,9 @@ impl Migration<'_> {
         for (pid, mut walk) in pids.into_iter().zip(walks) {
             let hot = self.hot.entry(pid).or_insert_with(|| HotPages::new(self.options.hot_rounds));
             let Some(memory) = self.container.memory(pid) else { continue };
-            while let Some(pages) = self.container.next_pages(pid, &mut walk, MAX_BATCH_PAGES as u64)? {
+            let container = &self.container;
+            let mut next = || container.next_pages(pid, &mut walk, MAX_BATCH_PAGES as u64);
+            while let Some(pages) = outgoing.urgently(&mut next)? {
                 self.cancellation.check()?;
                 let found = pages.pages();
                 outgoing.pages(pid, &memory, &hot.split(pages))?;
@@ -95,11 +97,11 @@ impl Migration<'_> {
             }
             outgoing.pages(pid, &memory, &hot.end_round())?;
         }
-        let paused = outgoing.paused();
+        let waited = outgoing.waited();
         let sent = outgoing.end()?;
         self.end_round(sent)?;
         self.observe()?;
-        Ok(self.note_round(sent, dirty_pages, start, paused))
+        Ok(self.note_round(sent, dirty_pages, start, waited))
     }
 
     /// Takes in what the eBPF programs have seen. What they lost costs nothing but detail: the dirty sets come from scans.
@@ -120,7 +122,7 @@ impl Migration<'_> {
         sent: RoundSummary,
         dirty_pages: u64,
         start: Instant,
-        paused: Duration,
+        waited: Duration,
     ) -> RoundReport {
         let before: u64 = self.report.rounds.iter().map(|round| round.bytes).sum();
         let report = RoundReport {
@@ -129,7 +131,7 @@ impl Migration<'_> {
             bytes: self.sender.stats().bytes - before,
             dirty_pages,
             duration_us: start.elapsed().as_micros() as u64,
-            paused_us: paused.as_micros() as u64,
+            waited_us: waited.as_micros() as u64,
         };
         self.report.zero_pages += sent.zero_pages;
         self.report.rounds.push(report);

@@ -9,9 +9,9 @@ use crate::{
         programs::{FAULT_FUNCTION, FaultSource, ProgramLoader, RingSizes, Watch},
     },
 };
-use pclive_wire::PAGE_SIZE;
 use pclive_sys::{mem::ProcessMemory, pidfd::pidfd_open};
 use pclive_wire::NsPid;
+use pclive_wire::PAGE_SIZE;
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Write},
