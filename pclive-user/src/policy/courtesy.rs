@@ -47,9 +47,22 @@ impl Standing {
     }
 }
 
+/// Whether the container writes about as fast as its pages are sent: the round found so many pages dirty, and left so many.
+/// Then rounds that take their time get nowhere.
+pub fn loses_the_race(found: u64, left: u64) -> bool {
+    left > found / 2
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_round_should_leave_much_less_than_it_found() {
+        assert!(!loses_the_race(300_000, 110_000));
+        assert!(loses_the_race(220_000, 200_000));
+        assert!(!loses_the_race(0, 0));
+    }
 
     #[test]
     fn who_gets_little_comes_forward_and_who_gets_enough_goes_back() {

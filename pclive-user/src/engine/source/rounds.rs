@@ -7,6 +7,7 @@ use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
 use crate::policy::convergence::{Decision, FreezeReason, Limits, decide, predicted_blackout};
+use crate::policy::courtesy::loses_the_race;
 use crate::policy::hot::HotPages;
 use crate::track::attach::Walk;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
@@ -53,7 +54,8 @@ impl Migration<'_> {
             expected = Some(pages);
             self.progress.round_over(&report, predicted_blackout(bytes, &bandwidth, &limits));
             left.push(bytes);
-            if bandwidth.time_for(bytes).is_some_and(|time| time < SHORT) {
+            let is_short = bandwidth.time_for(bytes).is_some_and(|time| time < SHORT);
+            if is_short || loses_the_race(report.dirty_pages, pages) {
                 nice = 0;
             }
         }
