@@ -48,8 +48,9 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..))]
     max_bandwidth: Option<u64>,
     /// Have the container and its neighbours come first while it still runs: pclive's nice value is so much higher in
-    /// rounds that take seconds, at both hosts, and it pauses where it had to wait for a processor. With 0 a migration on
-    /// busy processors takes less time, and more of theirs.
+    /// rounds that take seconds, at both hosts; with 19 it runs when nobody else wants to (SCHED_IDLE). It comes forward
+    /// while it gets less than a sixteenth of a processor. With 0 a migration on busy processors takes less time, and more
+    /// of theirs.
     #[arg(long, value_name = "N", default_value_t = 19, value_parser = clap::value_parser!(u8).range(..=19))]
     nice: u8,
     /// Hold back pages that were written in this many rounds in a row; 0 sends every dirty page in every round. Of use

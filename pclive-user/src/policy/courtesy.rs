@@ -42,7 +42,7 @@ impl Standing {
         if SHARE * ran >= ran + waited {
             return Self(self.0 + STEP).min(farthest);
         }
-        // Most of the way from the last place to the one before is that there is a share at all.
+        // Before the last place, even a nice value of 19 is a long way ahead.
         if self == Self::LAST { Self(19) } else { Self(self.0.saturating_sub(STEP)) }
     }
 }

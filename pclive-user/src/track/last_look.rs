@@ -127,7 +127,7 @@ fn crowded_tables(pages: &PageSet) -> PageSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memmap2::MmapMut;
+    use memmap2::{Advice, MmapMut};
     use pclive_sys::mem::give_back;
     use pclive_sys::uffd::{Features, Mode, Uffd};
     use pclive_wire::{HostPid, PAGE_SIZE};
@@ -149,6 +149,8 @@ mod tests {
         /// Tracked memory that nobody has touched.
         fn new() -> Self {
             let map = MmapMut::map_anon(TABLES * TABLE as usize).unwrap();
+            // A huge page would be written as a whole, where the machine has them always.
+            map.advise(Advice::NoHugePage).unwrap();
             let start = map.as_ptr() as u64;
             let first = ((start.next_multiple_of(TABLE) - start) / PAGE_SIZE) as usize;
             let uffd = Uffd::of_self(Features::TRACKING).unwrap();

@@ -5,7 +5,7 @@ use hdrhistogram::Histogram;
 use super::report::{BrokenConnection, Gap, Latency, LatencyCount, LoadReport, Mark, Stretch};
 
 /// How many of the longest gaps are kept.
-const KEPT_GAPS: usize = 20;
+const KEPT_GAPS: usize = 100;
 /// How many wrong answers are described.
 const DESCRIBED_WRONG_ANSWERS: usize = 20;
 /// The width of a throughput interval.
