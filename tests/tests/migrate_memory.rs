@@ -1,9 +1,11 @@
 //! Memory under fire is moved again and again; after each move every byte is compared with what it must be.
 
-use anyhow::{Context, Result};
-use pclive_tests::lab::{BitRate, Lab};
+use anyhow::{Context, Result, ensure};
+use pclive_tests::lab::{BitRate, Host, Lab};
 use pclive_tests::pclive::Serve;
 use pclive_tests::workloads::running::Contained;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// One move after the other; all of them if `PCLIVE_MOVES` asks for more than the first five.
 const OPTIONS: [&[&str]; 8] = [
@@ -17,20 +19,32 @@ const OPTIONS: [&[&str]; 8] = [
     &["--max-blackout", "20"],
 ];
 
+/// The container's name.
+const NAME: &str = "memory";
+
 fn moves() -> usize {
     std::env::var("PCLIVE_MOVES").ok().and_then(|moves| moves.parse().ok()).unwrap_or(5)
 }
 
 /// Back and forth between the hosts, with the workload's `arguments`.
 fn move_memory(arguments: &[&str]) -> Result<()> {
-    let mut lab = Lab::new(Some(BitRate::GIGABIT))?;
+    move_memory_when(arguments, Lab::new(Some(BitRate::GIGABIT))?, |_, _| Ok(()))
+}
+
+/// The same, each time when what `wait` waits for has come.
+fn move_memory_when(
+    arguments: &[&str],
+    mut lab: Lab,
+    wait: impl Fn(&Lab, &Host) -> Result<()>,
+) -> Result<()> {
     let arguments = ["memory"].iter().chain(arguments).copied().collect::<Vec<_>>();
-    let mut memory = Contained::start(&mut lab, "memory", &arguments)?;
+    let mut memory = Contained::start(&mut lab, NAME, &arguments)?;
     let [there, back] = [lab.destination(), lab.source()].map(|host| Serve::start(&lab, host));
     let (there, back) = (there?, back?);
     memory.check(&lab)?;
     for (number, options) in OPTIONS.into_iter().cycle().take(moves()).enumerate() {
         let (from, to) = if number % 2 == 0 { (lab.source(), &there) } else { (lab.destination(), &back) };
+        wait(&lab, from)?;
         let context = || format!("move {number} of {arguments:?} with {options:?}");
         let report = memory.migrate(&lab, from, to, options).with_context(context)?;
         let answer = memory.check(&lab).with_context(context)?;
@@ -60,4 +74,21 @@ fn every_byte_survives_while_rounds_converge() -> Result<()> {
 #[test]
 fn every_byte_survives_without_threads_and_children() -> Result<()> {
     move_memory(&["--mib", "32", "--threads", "1", "--children", "0", "--rate", "2000", "--seed", "13"])
+}
+
+/// The workload has the kernel page out some of its memory all the time.
+#[test]
+fn every_byte_survives_in_swap() -> Result<()> {
+    const SWAPPED_BYTES: u64 = 1 << 20;
+    let lab = Lab::new(Some(BitRate::GIGABIT))?;
+    lab.add_swap(128)?;
+    let arguments = ["--mib", "64", "--threads", "2", "--children", "1", "--rate", "300", "--seed", "14"];
+    move_memory_when(&arguments, lab, |lab, host| {
+        let end = Instant::now() + Duration::from_secs(30);
+        while lab.swapped_bytes(host, NAME)? < SWAPPED_BYTES {
+            ensure!(Instant::now() < end, "hardly anything is swapped out");
+            sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    })
 }

@@ -17,6 +17,7 @@ mod host;
 pub mod net;
 mod netns;
 mod processors;
+mod swap;
 mod teardown;
 mod traces;
 

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result};
 
 use super::netns::Netns;
-use super::{HOSTS, cgroup, host};
+use super::{HOSTS, cgroup, host, swap};
 
 /// Every lab has a directory of its own here. Not below `/run` or `/tmp`, which may be mounted `noexec`.
 const LABS_DIR: &str = "/var/tmp/pclive-lab";
@@ -95,6 +95,7 @@ pub(super) fn remove(id: &str) -> Result<()> {
     containers.iter().try_for_each(Netns::kill_all)?;
     hosts.iter().chain(&containers).try_for_each(Netns::delete)?;
     cgroup::remove(id)?;
+    swap::remove(&dir)?;
     match fs::remove_dir_all(&dir) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("remove {}", dir.display()))

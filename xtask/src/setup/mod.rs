@@ -11,13 +11,14 @@ use anyhow::{Result, ensure};
 use crate::build::{need_root, show, write_program};
 
 /// What the lab and the suites use.
-const PACKAGES: [&str; 11] = [
+const PACKAGES: [&str; 12] = [
     "build-essential",
     "ca-certificates",
     "crun",
     "iproute2",
     "kmod",
     "memcached",
+    "mount",
     "qemu-system-x86",
     "redis-server",
     "redis-tools",
