@@ -1,7 +1,7 @@
 //! The eBPF programs on their way into the kernel: loaded, which it may refuse, and attached to one container.
 //!
-//! Loading costs some 80 ms of processor time, most of it to read the kernel's BTF, and the container's clients may want
-//! that processor. So programs are loaded once: those with which a tier was tried are those that are attached.
+//! Loading costs 50 to 130 ms of processor time, most of it to read the kernel's BTF, and the container's clients may want that
+//! processor. So programs are loaded once: those with which a tier was tried are those that are attached.
 
 use super::btf;
 use crate::runtime::{Cgroup, CgroupError};

@@ -58,19 +58,13 @@ impl Tracker {
 
     /// A tracker of the best tier that can be had.
     pub fn best(watch: Watch) -> Self {
-        let mut loader = match ProgramLoader::new() {
-            Ok(loader) => loader,
-            Err(error) => {
-                tracing::debug!(%error, "no eBPF");
-                return Self { tier: Tier::Scan, programs: None };
-            }
-        };
-        let mut load = |tier: Tier| {
-            let programs = loader.load(tier.fault_source()?, watch, RingSizes::default());
+        let mut loader = ProgramLoader::new().inspect_err(|error| tracing::debug!(%error, "no eBPF")).ok();
+        let load = |tier: Tier| {
+            let programs = loader.as_mut()?.load(tier.fault_source()?, watch, RingSizes::default());
             let programs = programs.inspect_err(|error| tracing::debug!(%tier, %error)).ok()?;
             Some(Self { tier, programs: Some(programs) })
         };
-        Tier::ALL.into_iter().find_map(&mut load).unwrap_or(Self { tier: Tier::Scan, programs: None })
+        Tier::ALL.into_iter().find_map(load).unwrap_or(Self { tier: Tier::Scan, programs: None })
     }
 
     /// Its tier.
