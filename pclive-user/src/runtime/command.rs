@@ -235,18 +235,29 @@ fn errno_of(error: &io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
+    use std::io::{Read, Write};
+    use std::process::{Command, Stdio};
 
     fn words(line: &[&str]) -> Vec<OsString> {
         line.iter().map(OsString::from).collect()
     }
 
     /// A stand-in for a runtime: a script that ignores the log options, `$4` on are its own arguments.
+    ///
+    /// Another process writes it: a descriptor of this one might just be inherited by what another test starts, and a file
+    /// that somebody may write to is not executed (`ETXTBSY`).
     fn script(text: &str) -> tempfile::TempPath {
-        use std::os::unix::fs::PermissionsExt;
-        let file = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempfile().unwrap();
-        std::fs::write(file.path(), format!("#!/bin/sh\n{text}\n")).unwrap();
-        file.into_temp_path()
+        let write = |path: &Path| {
+            let mut install = Command::new("install");
+            let mut child =
+                install.args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped()).spawn()?;
+            let mut stdin = child.stdin.take().expect("piped above");
+            stdin.write_all(format!("#!/bin/sh\n{text}\n").as_bytes())?;
+            drop(stdin);
+            assert!(child.wait()?.success());
+            Ok(())
+        };
+        tempfile::Builder::new().make(write).unwrap().into_temp_path()
     }
 
     #[test]
