@@ -7,7 +7,7 @@
 //! kernel/sched/fair.c).
 //!
 //! But then it may get nothing at all. There is a limit to politeness: of the time in which it wants to run, background work
-//! wants to have a [`SHARE`], and comes forward step by step while it has less.
+//! wants to have a sixteenth, and comes forward step by step while it has less.
 
 use std::time::Duration;
 
