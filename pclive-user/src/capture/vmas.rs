@@ -90,7 +90,7 @@ impl VmaReader {
         let mut all =
             Smaps { maps: maps_lines(smaps), vmas: Vec::new(), unsupported: Vec::new(), complete: true };
         for map in maps {
-            let range = PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1));
+            let range = range(&map);
             let is_file = matches!(map.pathname, MMapPath::Path(_));
             match self.convert(map, range) {
                 Ok(Some(vma)) => all.vmas.push(vma),
@@ -182,7 +182,11 @@ pub fn find_vdso(pid: HostPid) -> Result<Option<PageRange>, VmaError> {
     let text = read_file(&path)?;
     let maps = MemoryMaps::from_read(text.as_slice()).map_err(|source| VmaError::Parse { path, source })?;
     let vdso = maps.into_iter().find(|map| map.pathname == MMapPath::Vdso);
-    Ok(vdso.map(|map| PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1))))
+    Ok(vdso.as_ref().map(range))
+}
+
+fn range(map: &MemoryMap) -> PageRange {
+    PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1))
 }
 
 fn path(pid: HostPid, name: &str) -> PathBuf {
