@@ -168,6 +168,11 @@ impl Migrate {
         caught.is_none_or(|mask| mask & 1 << (signal as u32 - 1) != 0)
     }
 
+    /// What it has printed so far.
+    pub fn output(&self) -> String {
+        fs::read(&self.output).map(|output| String::from_utf8_lossy(&output).into_owned()).unwrap_or_default()
+    }
+
     /// Waits until it ends.
     ///
     /// # Errors
@@ -183,14 +188,13 @@ impl Migrate {
     pub fn wait_for(mut self, timeout: Duration) -> Result<Outcome> {
         // Without looking again and again: what is measured may share a processor with the caller.
         let Some(status) = self.child.wait_timeout(timeout)? else {
-            bail!("pclive migrate does not end: {}", fs::read_to_string(&self.output)?);
+            bail!("pclive migrate does not end: {}", self.output());
         };
         let report = match fs::read(&self.report) {
             Ok(json) => Some(serde_json::from_slice(&json).context("the report of pclive migrate")?),
             Err(_) => None,
         };
-        let output = fs::read(&self.output).context("the output of pclive migrate")?;
-        Ok(Outcome { code: status.code(), report, output: String::from_utf8_lossy(&output).into_owned() })
+        Ok(Outcome { code: status.code(), report, output: self.output() })
     }
 }
 

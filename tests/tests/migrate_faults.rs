@@ -48,7 +48,9 @@ impl Case {
         fault: impl Fn(&Migrate, &mut Serve) -> Result<()>,
     ) -> Result<Outcome> {
         let migrate = Migrate::start(&self.lab, self.lab.source(), &self.name, self.serve.address(), &[])?;
-        self.wait_for(moment)?;
+        let logs =
+            || format!("migrate: {}\nserve: {}", migrate.output(), self.lab.destination().log("serve"));
+        self.wait_for(moment).with_context(logs)?;
         fault(&migrate, &mut self.serve)?;
         let outcome = migrate.wait()?;
         println!("{moment:?}: {:?}: {}", outcome.code, outcome.output.lines().last().unwrap_or_default());
