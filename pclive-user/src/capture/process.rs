@@ -6,15 +6,14 @@ use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
-use pclive_sys::script::{
-    Arena, Arg, Borrowed, CallRef, DataRef, Outcome, Script, SyscallInstruction, run_all,
-};
+use pclive_sys::script::{Arena, Arg, Borrowed, CallRef, DataRef, Footing, Outcome, Script, run_all};
 use pclive_wire::manifest::{
     Backing, FdEntry, ItimerSpec, MmBounds, PosixTimer, Process, ProcessState, SigAction, SpecialMapping,
     Thread, Vma,
 };
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Room for the scripts of capture, in bytes: some 340 threads answer at the same time. What they do not fill costs nothing;
@@ -67,14 +66,19 @@ pub fn vdso(vmas: &[Vma]) -> Option<PageRange> {
     vmas.iter().find(|vma| vma.backing == Backing::Special(SpecialMapping::Vdso)).map(|vma| vma.range)
 }
 
-/// Opens memory and finds the system call instruction of a process, which is in its vDSO.
+/// Opens memory of a process and finds out, by its vDSO, where it makes calls.
 pub fn prepare_injection(
     pid: HostPid,
     vdso: Option<PageRange>,
-) -> Result<(ProcessMemory, SyscallInstruction), ProcessError> {
-    let memory = ProcessMemory::open(pid)?;
-    let syscall = SyscallInstruction::find(pid, &memory, vdso.ok_or(ProcessError::NoVdso(pid))?)?;
-    Ok((memory, syscall))
+) -> Result<(Arc<ProcessMemory>, Footing), ProcessError> {
+    let memory = Arc::new(ProcessMemory::open(pid)?);
+    let footing = Footing::find(pid, memory.clone(), vdso.ok_or(ProcessError::NoVdso(pid))?)?;
+    if !footing.has_way_back() {
+        tracing::debug!(
+            "process {pid} dies if pclive is killed while it makes calls for it: its vDSO is full"
+        );
+    }
+    Ok((memory, footing))
 }
 
 /// The layout of a process that runs, and may execute another program meanwhile.
@@ -156,12 +160,13 @@ pub fn capture_stopped(
     unbound: &[CpuSet],
 ) -> Result<Process, ProcessError> {
     let pid = stopped.pid;
-    let (memory, syscall) = prepare_injection(pid, vdso(&layout.vmas))?;
-    let leader = &stopped.leader().tracee;
-    let arena = Borrowed::lend(leader, syscall, |borrowed| borrowed.map_arena(ARENA_SIZE, None))?;
-    let asked = Asked::ask(stopped, syscall, &arena);
-    Borrowed::lend(leader, syscall, |borrowed| borrowed.unmap(arena.range()))?;
-    let Asked { timers, of_process, of_thread, answers } = asked?;
+    let (memory, footing) = prepare_injection(pid, vdso(&layout.vmas))?;
+    let leader = stopped.leader();
+    let footing = footing.with_caught(leader.status.caught);
+    let Asked { timers, of_process, of_thread, answers } =
+        Borrowed::lend(&leader.tracee, &footing, |borrowed| {
+            borrowed.with_arena(ARENA_SIZE, |arena| Asked::ask(stopped, borrowed, arena))
+        })?;
     layout.threads = capture_threads(stopped, &memory, &of_thread, &answers, unbound)?;
     let of_leader = &answers[0];
     layout.mm.brk = of_process.brk(of_leader);
@@ -182,7 +187,7 @@ impl Asked {
     /// All threads are asked at the same time.
     fn ask(
         stopped: &StoppedProcess,
-        syscall: SyscallInstruction,
+        borrowed_leader: &Borrowed<'_>,
         arena: &Arena,
     ) -> Result<Self, ProcessError> {
         let timers = PosixTimers::list(stopped)?;
@@ -190,9 +195,8 @@ impl Asked {
         let of_thread = threads::Questions::ask(&mut thread);
         let mut leader = thread.clone();
         let of_process = Questions::ask(&mut leader, &timers);
-        let scripts = std::iter::once(&leader).chain(std::iter::repeat(&thread));
-        let scripts: Vec<_> = stopped.threads.iter().map(|thread| &thread.tracee).zip(scripts).collect();
-        let answers = run_all(arena, syscall, &scripts)?;
+        let members: Vec<_> = stopped.members().map(|member| (&member.tracee, &thread)).collect();
+        let answers = run_all(arena, (borrowed_leader, &leader), &members)?;
         Ok(Self { timers, of_process, of_thread, answers })
     }
 }

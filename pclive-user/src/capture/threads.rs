@@ -5,7 +5,8 @@ use super::proc::{self, Status};
 use super::tree::{TreeError, ns_tid};
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
-use pclive_sys::ptrace::{CODE_BEFORE, Seize, Tracee, restartable};
+use pclive_sys::ptrace::{Seize, Tracee};
+use pclive_sys::registers::{CODE_BEFORE, restartable};
 use pclive_sys::script::{Arg, CallRef, DataRef, Outcome, Script};
 use pclive_sys::thread::{robust_list, scheduling};
 use pclive_wire::manifest::{AltStack, Credentials, Thread, ThreadState};
@@ -79,6 +80,11 @@ impl StoppedProcess {
     /// The thread group leader.
     pub fn leader(&self) -> &StoppedThread {
         &self.threads[0]
+    }
+
+    /// All other threads.
+    pub fn members(&self) -> impl Iterator<Item = &StoppedThread> {
+        self.threads.iter().skip(1)
     }
 
     /// Lets every thread run on.

@@ -318,11 +318,17 @@ impl Parked {
     fn give_threads_their_state(&self, process: &Process, dumpable: u32) -> Result<(), ParkedError> {
         let script = |thread: &Thread| {
             let wanted = thread.state.as_ref().ok_or(ParkedError::Incomplete(thread.tid))?;
-            let script = threads::state_script(thread.tid, process.pid, wanted, dumpable);
-            Ok((self.thread(thread.tid)?, script))
+            Ok::<_, ParkedError>(threads::state_script(thread.tid, process.pid, wanted, dumpable))
         };
-        let scripts = process.threads.iter().map(script).collect::<Result<Vec<_>, ParkedError>>()?;
-        run_all(&self.arena, self.syscall, &scripts)?;
+        let (leaders, others): (Vec<&Thread>, Vec<_>) =
+            process.threads.iter().partition(|thread| thread.tid == self.pid);
+        let of_leader = script(leaders.first().ok_or(ParkedError::Incomplete(self.pid))?)?;
+        let of_other = |thread: &Thread| Ok((self.thread(thread.tid)?, script(thread)?));
+        let of_others = others.into_iter().map(of_other).collect::<Result<Vec<_>, ParkedError>>()?;
+        let leader = Borrowed::new(&self.leader, self.syscall)?;
+        let given = run_all(&self.arena, (&leader, &of_leader), &of_others);
+        leader.give_back()?;
+        given?;
         Ok(())
     }
 

@@ -27,7 +27,7 @@ use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pagemap::{Categories, Filter, Pagemap, Region};
 use pclive_sys::pidfd::pidfd_getfd;
 use pclive_sys::ptrace::{Seize, Tracee};
-use pclive_sys::script::{Arena, Borrowed, Script};
+use pclive_sys::script::Borrowed;
 use pclive_sys::uffd::{self, Features, Mode, Uffd};
 use pclive_wire::layout::{mapped_anew, overlapping};
 use pclive_wire::manifest::{Backing, Vma};
@@ -37,9 +37,6 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Room for the script that makes the userfaultfd, in bytes.
-const ARENA_SIZE: u64 = 4096;
 
 /// Why a process cannot be tracked.
 #[derive(Debug, thiserror::Error)]
@@ -142,17 +139,11 @@ impl TrackedProcess {
         let pid = process.pid;
         let inject = |source| TrackError::Inject { pid, source };
         let vdso = find_vdso(pid).map_err(|source| inject(source.into()))?;
-        let (memory, syscall) = prepare_injection(pid, vdso).map_err(inject)?;
+        let (memory, footing) = prepare_injection(pid, vdso).map_err(inject)?;
         let pagemap = Pagemap::open(pid)?;
-        let taken = Borrowed::lend(tracee, syscall, |borrowed| {
-            let arena = borrowed.map_arena(ARENA_SIZE, None)?;
-            let taken = take_userfaultfd(borrowed, &arena, process);
-            borrowed.unmap_arena(arena)?;
-            taken
-        });
+        let taken = Borrowed::lend(tracee, &footing, |borrowed| take_userfaultfd(borrowed, process));
         let fd = taken?.map_err(|source| TrackError::TakeOver { pid, source })?;
         let uffd = Some(Uffd::adopt(fd, pid, Features::TRACKING)?);
-        let memory = Arc::new(memory);
         Ok(Self { uffd, pagemap, memory, layout: Vec::new(), stopped_for: Duration::ZERO })
     }
 
@@ -328,16 +319,11 @@ fn foreign(vma: &Vma) -> Categories {
 /// Has the process make a userfaultfd, duplicates it, and has the process close its own.
 fn take_userfaultfd(
     borrowed: &Borrowed<'_>,
-    arena: &Arena,
     process: &SourceProcess,
 ) -> pclive_sys::Result<nix::Result<OwnedFd>> {
-    let mut script = Script::new();
-    let fd = script.call("userfaultfd", libc::SYS_userfaultfd, [uffd::CREATE_FLAGS.into()]);
-    let fd = borrowed.run(arena, &script)?.result(fd) as i32;
+    let fd = borrowed.open("userfaultfd", libc::SYS_userfaultfd, [uffd::CREATE_FLAGS])?;
     let taken = pidfd_getfd(process.pidfd.as_fd(), fd);
-    let mut script = Script::new();
-    script.call("close", libc::SYS_close, [fd.into()]);
-    borrowed.run(arena, &script)?;
+    borrowed.call("close of the userfaultfd", libc::SYS_close, [fd as u64])?;
     Ok(taken)
 }
 

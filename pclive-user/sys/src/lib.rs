@@ -16,6 +16,7 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod prctl;
 pub mod ptrace;
+pub mod registers;
 pub mod script;
 pub mod signalfd;
 pub mod sock_diag;

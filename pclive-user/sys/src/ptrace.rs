@@ -9,10 +9,6 @@ use pclive_wire::{HostPid, VirtAddr};
 use std::collections::HashSet;
 use std::marker::PhantomData;
 
-/// `ERESTARTSYS` … `ERESTART_RESTARTBLOCK`: kernel-internal results of an interrupted call (`include/linux/errno.h`),
-/// visible only to a tracer.
-const RESTART_CODES: [i64; 4] = [-512, -513, -514, -516];
-
 const _: () = assert!(size_of::<libc::user_regs_struct>() == size_of::<Registers>());
 
 /// The register set of the extended state (`linux/elf.h`), which libc lacks.
@@ -281,51 +277,6 @@ pub fn kill_all(tracees: Vec<Tracee>) {
 pub const SIGINFO_SIZE: usize = 128;
 const _: () = assert!(size_of::<libc::siginfo_t>() == SIGINFO_SIZE);
 
-/// Registers with which a stopped thread, taken elsewhere, goes on as if it had never been stopped.
-///
-/// A thread stopped inside a system call shows the kernel's restart code. Where it was stopped the kernel itself restarts
-/// the call; elsewhere it is done here by pointing back at the `syscall` instruction. `ERESTART_RESTARTBLOCK` calls
-/// (`nanosleep`, `poll`, `futex` with a timeout) are made again with their original arguments: they may wait longer than
-/// asked, which POSIX allows, but do not fail with an `EINTR` that the program would never have seen.
-///
-/// If such a call had been interrupted before, the registers name `restart_syscall(2)`, which only works where the kernel
-/// remembers the call. Its arguments are still in their registers; its number is found in `code`, the bytes before the
-/// instruction pointer, where libraries load it. Otherwise the call fails with `EINTR`.
-pub fn restartable(mut registers: Registers, code: [u8; CODE_BEFORE]) -> Registers {
-    registers = match (registers.orig_rax as i64, registers.rax as i64) {
-        (libc::SYS_restart_syscall, result) if RESTART_CODES.contains(&result) => {
-            match restarted_call(code) {
-                Some(number) => call_again(registers, number),
-                None => Registers { rax: -i64::from(libc::EINTR) as u64, ..registers },
-            }
-        }
-        (number, result) if number >= 0 && RESTART_CODES.contains(&result) => {
-            call_again(registers, number as u64)
-        }
-        _ => registers,
-    };
-    Registers { orig_rax: u64::MAX, ..registers }
-}
-
-/// Bytes before the instruction pointer that [`restartable`] looks at: `mov eax, imm32` and `syscall`.
-pub const CODE_BEFORE: usize = 7;
-const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
-const MOV_EAX: u8 = 0xb8;
-/// The calls that have a restart block.
-const WITH_RESTART_BLOCK: [i64; 4] =
-    [libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_poll, libc::SYS_futex];
-
-fn call_again(registers: Registers, number: u64) -> Registers {
-    let rip = registers.rip - SYSCALL_INSTRUCTION.len() as u64;
-    Registers { rax: number, rip, ..registers }
-}
-
-fn restarted_call(code: [u8; CODE_BEFORE]) -> Option<u64> {
-    let [MOV_EAX, a, b, c, d, rest @ ..] = code else { return None };
-    let number = i64::from(u32::from_le_bytes([a, b, c, d]));
-    (rest == SYSCALL_INSTRUCTION && WITH_RESTART_BLOCK.contains(&number)).then_some(number as u64)
-}
-
 fn classify(status: i32) -> Stop {
     if !libc::WIFSTOPPED(status) {
         return Stop::Gone(status);
@@ -454,31 +405,5 @@ mod tests {
     fn registers_survive_encoding() {
         let registers = Registers { r15: 1, rip: 2, gs: 3, orig_rax: u64::MAX, ..Registers::default() };
         assert_eq!(decode_registers(&encode_registers(&registers)), registers);
-    }
-
-    #[test]
-    fn interrupted_calls_are_made_again_and_finished_ones_are_not() {
-        let stopped = |rax: i64, orig_rax: i64| Registers {
-            rax: rax as u64,
-            orig_rax: orig_rax as u64,
-            rip: 100,
-            ..Registers::default()
-        };
-        let restartable = |registers| super::restartable(registers, [0; CODE_BEFORE]);
-        let restarted = restartable(stopped(-512, 7));
-        assert_eq!((restarted.rax, restarted.rip, restarted.orig_rax), (7, 98, u64::MAX));
-        assert_eq!(restartable(stopped(-516, 35)).rax, 35);
-        assert_eq!(restartable(stopped(-4, 7)).rip, 100, "EINTR is a result that the program sees");
-        assert_eq!(restartable(stopped(-512, -1)).rip, 100, "not in a system call");
-    }
-
-    #[test]
-    fn a_call_interrupted_twice_is_found_in_the_code() {
-        let twice =
-            Registers { rax: -516i64 as u64, orig_rax: 219, rip: 100, rdi: 5, ..Registers::default() };
-        let poll = restartable(twice, [0xb8, 7, 0, 0, 0, 0x0f, 0x05]);
-        assert_eq!((poll.rax, poll.rip, poll.rdi), (7, 98, 5));
-        let other = restartable(twice, [0xb8, 1, 0, 0, 0, 0x0f, 0x05]);
-        assert_eq!((other.rax as i64, other.rip), (-4, 100), "write has no restart block");
     }
 }

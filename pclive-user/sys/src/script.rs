@@ -6,27 +6,37 @@
 //! that an earlier call stored, and each call says what it must return; the first that does otherwise ends the script and
 //! is named in the error.
 //!
-//! To wait for the trap costs more than all else. So scripts of several threads have each a place of its own in the arena,
+//! To wait for the stop costs more than all else. So scripts of several threads have each a place of its own in the arena,
 //! share the interpreter, and run side by side ([`run_all`]): the waiting is paid once.
 //!
+//! If pclive dies meanwhile, threads of a skeleton die with it, at the latest of the trap that ends their scripts. Threads of
+//! a container find their [way back](way_back).
+//!
 //! ```text
-//! arena:  interpreter │ place │ place │ …
-//! place:  data (strings, structs, room for results) │ call 0 │ call 1 │ … │ stack
+//! arena:  interpreter │ who needs the arena │ place │ place │ …
+//! place:  record for the way back │ data (strings, structs, room for results) │ call 0 │ call 1 │ … │ stack
 //! call:   number, 6 arguments, result, expectation, expected value, 2 links
 //! ```
 
 mod borrowed;
+mod footing;
+#[cfg(test)]
+mod killed;
 mod side_by_side;
 #[cfg(test)]
 mod sleeper;
+mod way_back;
 
-pub use borrowed::{Arena, Borrowed, SyscallInstruction};
+pub use borrowed::{Arena, Borrowed};
+pub use footing::{Footing, SyscallInstruction};
 pub use side_by_side::run_all;
 
 use pclive_wire::{HostPid, VirtAddr};
 
 /// Bytes at the start of an arena for the interpreter.
-const INTERPRETER_ROOM: usize = 256;
+const ENTRIES_OFFSET: usize = 256;
+/// Bytes before the first place.
+const HEADER_SIZE: usize = ENTRIES_OFFSET + way_back::ENTRIES * way_back::ENTRY_SIZE;
 const CALL_SIZE: usize = 96;
 /// Where a call holds its result.
 const RESULT_OFFSET: usize = 56;
@@ -34,12 +44,14 @@ const RESULT_OFFSET: usize = 56;
 /// handled meanwhile.
 const STACK_SIZE: usize = 64;
 
-// The interpreter: rbx = current call, r12 = calls left, r13 = the script's place. `syscall` clobbers rax, rcx and r11 only.
+// The interpreter: rbx = current call, r12 = calls left, r13 = the script's data, rbp and r14 = the way back, r15 = the signal
+// at the end, or -1 for a trap. `syscall` clobbers rax, rcx and r11 only.
 // A link is (source offset in the place | 1 << 31 for a 32-bit word, argument index); source 0 means none: no result is there.
 std::arch::global_asm!(
     r#"
     .pushsection .rodata.pclive_interpreter,"a",@progbits
     .globl pclive_interpreter_start
+    .globl pclive_interpreter_done
     .globl pclive_interpreter_end
     .p2align 4
 pclive_interpreter_start:
@@ -82,15 +94,34 @@ pclive_interpreter_start:
 6:  movsxd rax, dword ptr [r13 + rdi]
     mov [rbx + rsi * 8 + 8], rax
 8:  ret
-9:  int3
+9:  test r15, r15
+    js 5f
+    mov eax, {gettid}
+    syscall
+    mov rdi, rax
+    mov rsi, r15
+    mov eax, {tkill}
+    syscall
+pclive_interpreter_done:
+    jmp r14
+5:  int3
 pclive_interpreter_end:
     .popsection
-    "#
+    "#,
+    gettid = const libc::SYS_gettid,
+    tkill = const libc::SYS_tkill,
 );
 
 unsafe extern "C" {
     static pclive_interpreter_start: u8;
+    static pclive_interpreter_done: u8;
     static pclive_interpreter_end: u8;
+}
+
+/// How far from the start of the interpreter a thread is that has sent itself the signal at the end.
+fn done_offset() -> u64 {
+    // SAFETY: both symbols lie in the same constant blob, defined above.
+    unsafe { (&raw const pclive_interpreter_done).offset_from(&raw const pclive_interpreter_start) as u64 }
 }
 
 fn interpreter() -> &'static [u8] {
@@ -194,7 +225,12 @@ impl Script {
 
     /// Bytes of its place in an arena.
     pub fn size(&self) -> usize {
-        self.calls_offset() + self.calls.len() * CALL_SIZE + STACK_SIZE
+        way_back::RECORD_SIZE + self.text_size() + STACK_SIZE
+    }
+
+    /// Bytes of its data and calls.
+    fn text_size(&self) -> usize {
+        self.calls_offset() + self.calls.len() * CALL_SIZE
     }
 
     /// Adds a call that must succeed. `label` says in errors what it was for, for example `mmap 7f…-7f…`.
@@ -247,7 +283,7 @@ impl Script {
         self.data.len().next_multiple_of(16)
     }
 
-    /// The data and the calls as they stand in a place at `base`.
+    /// The data and the calls as they stand at `base`.
     fn assemble(&self, base: VirtAddr) -> Vec<u8> {
         let mut image = self.data.clone();
         for (place, target) in &self.pointers {
@@ -366,7 +402,7 @@ mod tests {
             script.call_expecting("process_vm_readv", libc::SYS_process_vm_readv, lens, Expect::Exactly(0));
             let outcome = borrowed.run(arena, &script).unwrap();
             let pointer = u64::from_ne_bytes(outcome.data(iov)[..8].try_into().unwrap());
-            assert_eq!(pointer, arena.range().start.0 + INTERPRETER_ROOM as u64 + 16);
+            assert_eq!(pointer, arena.range().start.0 + (HEADER_SIZE + way_back::RECORD_SIZE) as u64 + 16);
         });
     }
 
@@ -399,6 +435,6 @@ mod tests {
 
     #[test]
     fn the_interpreter_fits_before_the_scripts() {
-        assert!(interpreter().len() <= INTERPRETER_ROOM, "{} bytes", interpreter().len());
+        assert!(interpreter().len() <= ENTRIES_OFFSET, "{} bytes", interpreter().len());
     }
 }

@@ -161,6 +161,8 @@ pub struct Status {
     pub bounding: u64,
     pub ambient: u64,
     pub no_new_privs: bool,
+    /// Signals that the process has handlers for.
+    pub caught: u64,
 }
 
 impl Status {
@@ -184,7 +186,7 @@ impl Status {
     /// # Errors
     /// The field that is missing or unknown.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
-        const FIELDS: [&str; 14] = [
+        const FIELDS: [&str; 15] = [
             "Umask",
             "PPid",
             "Uid",
@@ -199,6 +201,7 @@ impl Status {
             "CapBnd",
             "CapAmb",
             "NoNewPrivs",
+            "SigCgt",
         ];
         let mut values = [None; FIELDS.len()];
         for (name, value) in text.lines().filter_map(|line| line.split_once(':')) {
@@ -206,8 +209,23 @@ impl Status {
                 values[place] = Some(value.trim_ascii());
             }
         }
-        let [umask, parent, uids, gids, groups, pid, pgid, sid, inh, prm, eff, bnd, amb, no_new_privs] =
-            values;
+        let [
+            umask,
+            parent,
+            uids,
+            gids,
+            groups,
+            pid,
+            pgid,
+            sid,
+            inh,
+            prm,
+            eff,
+            bnd,
+            amb,
+            no_new_privs,
+            caught,
+        ] = values;
         Ok(Self {
             parent: HostPid(number(parent.ok_or("PPid")?, "PPid")?),
             umask: umask.map(|umask| u32::from_str_radix(umask, 8).map_err(|_| "Umask")).transpose()?,
@@ -223,6 +241,7 @@ impl Status {
             bounding: mask(bnd, "CapBnd")?,
             ambient: mask(amb, "CapAmb")?,
             no_new_privs: no_new_privs == Some("1"),
+            caught: mask(caught, "SigCgt")?,
         })
     }
 }

@@ -22,6 +22,8 @@ NSsid:\t3194\t0
 Kthread:\t0
 VmPeak:\t    2592 kB
 SigQ:\t1/96365
+SigBlk:\t0000000000000001
+SigCgt:\t0000000180014a07
 CapInh:\t0000000000000000
 CapPrm:\t000001fffeffffff
 CapEff:\t000000000000000f
@@ -55,6 +57,7 @@ fn status_is_parsed_as_proc_pid_status_shows_it() {
         bounding: 0x1ffffffffff,
         ambient: 0x400,
         no_new_privs: true,
+        caught: 0x1_8001_4a07,
     };
     assert_eq!(status, expected);
 }

@@ -1,15 +1,15 @@
 //! Threads that lend themselves to injected calls, and the memory where their scripts are put.
 
-use super::{CALL_SIZE, Expect, INTERPRETER_ROOM, Outcome, RESULT_OFFSET, STACK_SIZE, Script, interpreter};
+use super::footing::{Footing, SyscallInstruction};
+use super::way_back::{RECORD_SIZE, Track, WayBack, unnoticed_signal};
+use super::{CALL_SIZE, Expect, HEADER_SIZE, Outcome, RESULT_OFFSET, Script, done_offset, interpreter};
 use crate::mem::ProcessMemory;
 use crate::ptrace::{Stop, Tracee};
+use crate::registers::going_on;
 use crate::{Error, Result};
 use nix::errno::Errno;
 use pclive_wire::manifest::Registers;
 use pclive_wire::{HostPid, PageRange, VirtAddr};
-
-/// Everything except SIGTRAP, which ends a script: the kernel resets the handler of a trap that is blocked.
-const ALL_BUT_SIGTRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 
 /// Above the lowest addresses and below where programs and libraries are usually mapped.
 const LOW: VirtAddr = VirtAddr(0x20_0000);
@@ -29,7 +29,7 @@ impl Arena {
 
     /// All of it that scripts may take.
     pub(super) fn room(&self) -> Room {
-        Room { free: self.range.start.offset(INTERPRETER_ROOM as u64), end: self.range.end() }
+        Room { free: self.range.start.offset(HEADER_SIZE as u64), end: self.range.end() }
     }
 }
 
@@ -52,11 +52,22 @@ impl Room {
     }
 }
 
-/// Where in an arena one script has its data, its calls and its stack.
+/// Where in an arena one script has its thread's record, its data, its calls and its stack.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     start: VirtAddr,
     end: VirtAddr,
+}
+
+impl Place {
+    /// Where the thread's record is.
+    pub(super) fn record(self) -> VirtAddr {
+        self.start
+    }
+
+    fn text(self) -> VirtAddr {
+        self.start.offset(RECORD_SIZE as u64)
+    }
 }
 
 /// A script that a thread has been let go to run. Who has it must call [`Borrowed::finish`].
@@ -69,55 +80,149 @@ pub(super) struct Running<'s> {
 }
 
 /// A stopped thread that lends itself to injected calls. Registers and signal mask are given back by
-/// [`Borrowed::give_back`]; until then no signal but SIGTRAP reaches it.
-///
-/// If pclive dies while a call or a script runs, the thread goes on in the interpreter and is killed by its trap. That
-/// window is tens of microseconds for each process and cannot be closed without code that stays in the process.
+/// [`Borrowed::give_back`]; until then no signal reaches it.
 #[derive(Debug)]
 pub struct Borrowed<'t> {
     tracee: &'t Tracee,
     registers: Registers,
     mask: u64,
-    syscall: SyscallInstruction,
+    ground: Ground<'t>,
+    ending: Ending,
 }
 
-/// Where a process has a `syscall` instruction.
+/// Where a borrowed thread makes its calls from.
 #[derive(Clone, Copy, Debug)]
-pub struct SyscallInstruction(VirtAddr);
+enum Ground<'t> {
+    /// The vDSO's own instruction: what becomes of the thread if pclive dies is nobody's care.
+    Bare(SyscallInstruction),
+    /// Where it finds its way back.
+    Safe { footing: &'t Footing, way_back: &'t WayBack, track: Track },
+}
 
-impl SyscallInstruction {
-    /// Finds the one in the vDSO, mapped at `vdso`, so that nothing in the process needs to be overwritten.
-    pub fn find(pid: HostPid, memory: &ProcessMemory, vdso: PageRange) -> Result<Self> {
-        const SYSCALL: [u8; 2] = [0x0f, 0x05];
-        let mut code = vec![0; vdso.bytes() as usize];
-        memory.read(vdso.start, &mut code)?;
-        let offset = code.windows(2).position(|bytes| bytes == SYSCALL);
-        offset.map(|offset| Self(vdso.start.offset(offset as u64))).ok_or(Error::NoSyscallInstruction(pid))
+/// How pclive learns that a script is at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// A trap, which kills a thread that nobody traces.
+    Trap,
+    /// A signal that the thread sends to itself.
+    Signal(i32),
+    /// By following all calls of the script.
+    Followed,
+}
+
+impl Ending {
+    /// What is blocked meanwhile. The kernel resets the handler of a trap that is blocked.
+    fn mask(self) -> u64 {
+        match self {
+            Self::Trap => !(1 << (libc::SIGTRAP - 1)),
+            Self::Signal(signal) => !(1 << (signal - 1)),
+            Self::Followed => u64::MAX,
+        }
+    }
+
+    /// What the interpreter has in r15.
+    fn argument(self) -> u64 {
+        match self {
+            Self::Trap => u64::MAX,
+            Self::Signal(signal) => signal as u64,
+            // To see whether a signal could be sent: a call like any other.
+            Self::Followed => 0,
+        }
     }
 }
 
+/// What undoes a call, should pclive die before it has made another one.
+#[derive(Clone, Copy, Debug)]
+enum Undo {
+    Nothing,
+    /// Closes the descriptor that it returned.
+    Close,
+    /// Unmaps so many bytes where it mapped them.
+    Unmap(u64),
+}
+
 impl<'t> Borrowed<'t> {
-    /// Has `errand` done in a thread that is in a ptrace stop, and gives it back whether or not that succeeds.
-    pub fn lend<T>(
+    /// Has `errand` done in the leader of a process of the container, which is in a ptrace stop, and gives it back whether or
+    /// not that succeeds.
+    pub fn lend<T, E: From<Error>>(
         tracee: &'t Tracee,
-        syscall: SyscallInstruction,
-        errand: impl FnOnce(&Self) -> Result<T>,
-    ) -> Result<T> {
-        let borrowed = Self::new(tracee, syscall)?;
+        footing: &'t Footing,
+        errand: impl FnOnce(&Self) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let borrowed = Self::leader(tracee, footing)?;
         let done = errand(&borrowed);
         borrowed.give_back_after(done)
     }
 
-    /// Borrows a thread that is in a ptrace stop.
+    /// Borrows a thread of a skeleton that is in a ptrace stop.
     pub fn new(tracee: &'t Tracee, syscall: SyscallInstruction) -> Result<Self> {
         let (registers, mask) = (tracee.registers()?, tracee.signal_mask()?);
-        tracee.set_signal_mask(ALL_BUT_SIGTRAP)?;
-        Ok(Self { tracee, registers, mask, syscall })
+        let (ground, ending) = (Ground::Bare(syscall), Ending::Trap);
+        tracee.set_signal_mask(ending.mask())?;
+        Ok(Self { tracee, registers, mask, ground, ending })
     }
 
-    /// The registers and the signal mask that the thread had.
-    pub fn original(&self) -> (&Registers, u64) {
-        (&self.registers, self.mask)
+    fn leader(tracee: &'t Tracee, footing: &'t Footing) -> Result<Self> {
+        let Some(way_back) = footing.way_back() else { return Self::new(tracee, footing.syscall()) };
+        let (registers, mask) = (footing.registers_of(tracee)?, tracee.signal_mask()?);
+        let track = way_back.lay(&going_on(registers), mask)?;
+        Self::enter(tracee, (registers, mask), (footing, way_back, track))
+    }
+
+    /// Borrows another thread of the process, the `index`th, for a script with this place.
+    pub(super) fn beside(
+        &self,
+        tracee: &'t Tracee,
+        (arena, place, index): (&Arena, Place, usize),
+    ) -> Result<Self> {
+        let (footing, way_back) = match self.ground {
+            Ground::Bare(syscall) => return Self::new(tracee, syscall),
+            Ground::Safe { footing, way_back, .. } => (footing, way_back),
+        };
+        let (registers, mask) = (footing.registers_of(tracee)?, tracee.signal_mask()?);
+        let site = (arena.range.start, place, index);
+        let track = way_back.lay_beside(&going_on(registers), mask, site)?;
+        Self::enter(tracee, (registers, mask), (footing, way_back, track))
+    }
+
+    /// Takes a thread to the way back that has been laid for it, so that its signals can be blocked.
+    fn enter(
+        tracee: &'t Tracee,
+        (registers, mask): (Registers, u64),
+        (footing, way_back, track): (&'t Footing, &'t WayBack, Track),
+    ) -> Result<Self> {
+        let signal = unnoticed_signal(footing.caught(), mask);
+        let ending = signal.map_or(Ending::Followed, Ending::Signal);
+        let ground = Ground::Safe { footing, way_back, track };
+        let borrowed = Self { tracee, registers, mask, ground, ending };
+        let entered = borrowed.stand_at(way_back.back()).and_then(|()| tracee.set_signal_mask(ending.mask()));
+        if let Err(error) = entered {
+            // It is gone, and the arena is not kept for it.
+            let _ = borrowed.give_back();
+            return Err(error);
+        }
+        Ok(borrowed)
+    }
+
+    /// How many other threads can be borrowed at the same time.
+    pub(super) fn members(&self) -> usize {
+        match self.ground {
+            Ground::Bare(_) => usize::MAX,
+            Ground::Safe { way_back, .. } => way_back.members(),
+        }
+    }
+
+    /// The registers that the thread has while it is borrowed, with the instruction pointer at `rip`.
+    fn registers_at(&self, rip: VirtAddr) -> Registers {
+        let rbp = match self.ground {
+            Ground::Bare(_) => self.registers.rbp,
+            Ground::Safe { track, .. } => track.record.0,
+        };
+        Registers { rip: rip.0, rbp, orig_rax: u64::MAX, ..self.registers }
+    }
+
+    fn stand_at(&self, rip: VirtAddr) -> Result<()> {
+        self.tracee.set_registers(&self.registers_at(rip))
     }
 
     /// Makes one call in the thread, through two system-call stops. Returns what it returned, or the error.
@@ -126,24 +231,39 @@ impl<'t> Borrowed<'t> {
     /// and be killed by the next trap: only `PTRACE_DETACH` ends that (`ptrace_disable`), not the tracer's death
     /// (`exit_ptrace` in kernel/ptrace.c).
     pub fn call<const N: usize>(&self, label: &str, number: i64, args: [u64; N]) -> Result<u64> {
+        self.call_undone_by(Undo::Nothing, label, number, args)
+    }
+
+    /// Makes a call that returns a descriptor. If pclive dies before the next call, it is closed.
+    pub fn open<const N: usize>(&self, label: &str, number: i64, args: [u64; N]) -> Result<i32> {
+        self.call_undone_by(Undo::Close, label, number, args).map(|fd| fd as i32)
+    }
+
+    fn call_undone_by<const N: usize>(
+        &self,
+        undo: Undo,
+        label: &str,
+        number: i64,
+        args: [u64; N],
+    ) -> Result<u64> {
         let mut all = [0; 6];
         all[..N].copy_from_slice(&args);
         let [rdi, rsi, rdx, r10, r8, r9] = all;
-        self.tracee.set_registers(&Registers {
-            rip: self.syscall.0.0,
-            rax: number as u64,
-            orig_rax: u64::MAX,
-            rdi,
-            rsi,
-            rdx,
-            r10,
-            r8,
-            r9,
-            ..self.registers
-        })?;
+        let call = match self.ground {
+            Ground::Bare(syscall) => syscall.0,
+            Ground::Safe { way_back, .. } => way_back.call(),
+        };
+        let (r14, r13) = match undo {
+            Undo::Nothing => (0, 0),
+            Undo::Close => (libc::SYS_close, 0),
+            Undo::Unmap(len) => (libc::SYS_munmap, len),
+        };
+        let rax = number as u64;
+        let (r14, base) = (r14 as u64, self.registers_at(call));
+        self.tracee.set_registers(&Registers { rax, rdi, rsi, rdx, r10, r8, r9, r13, r14, ..base })?;
         for _entry_then_exit in 0..2 {
             self.tracee.resume_to_syscall()?;
-            self.expect_stop(Stop::Syscall)?;
+            self.expect_syscall_stop()?;
         }
         let result = self.tracee.registers()?.rax;
         match failure(result as i64) {
@@ -159,13 +279,28 @@ impl<'t> Borrowed<'t> {
         // Without a wish: low, where no program that maps a range again right after it has freed it comes across the arena.
         let hint = at.unwrap_or(LOW).0;
         let args = [hint, len, prot as u64, flags as u64, u64::MAX, 0];
-        let base = VirtAddr(self.call("mmap of the script arena", libc::SYS_mmap, args)?);
-        let arena = Arena {
-            range: PageRange::between(base, base.offset(len)),
-            memory: ProcessMemory::open(self.tracee.tid())?,
-        };
+        let memory = ProcessMemory::open(self.tracee.tid())?;
+        let base = self.call_undone_by(Undo::Unmap(len), "mmap of the script arena", libc::SYS_mmap, args)?;
+        let base = VirtAddr(base);
+        let arena = Arena { range: PageRange::between(base, base.offset(len)), memory };
+        if let Ground::Safe { way_back, .. } = self.ground {
+            // What undoes the call does not wait until other threads have left.
+            way_back.note_arena(arena.range)?;
+            self.stand_at(way_back.leave())?;
+        }
         arena.memory.write(base, interpreter())?;
         Ok(arena)
+    }
+
+    /// Has `errand` done with an arena of `len` bytes, which is unmapped whether or not that succeeds.
+    pub fn with_arena<T, E: From<Error>>(
+        &self,
+        len: u64,
+        errand: impl FnOnce(&Arena) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let arena = self.map_arena(len, None)?;
+        let done = errand(&arena);
+        first_failure(done, self.unmap_arena(arena))
     }
 
     /// Unmaps an arena.
@@ -206,32 +341,41 @@ impl<'t> Borrowed<'t> {
         place: Place,
         script: &'s Script,
     ) -> Result<Running<'s>> {
-        arena.memory.write(place.start, &script.assemble(place.start))?;
+        let data = place.text();
+        arena.memory.write(data, &script.assemble(data))?;
+        let way_back = match self.ground {
+            Ground::Bare(_) => VirtAddr(0),
+            Ground::Safe { way_back, track, .. } if track.is_leader() => way_back.leave(),
+            Ground::Safe { way_back, .. } => way_back.back(),
+        };
         self.tracee.set_registers(&Registers {
-            rip: arena.range.start.0,
-            rbx: place.start.0 + script.calls_offset() as u64,
+            rbx: data.0 + script.calls_offset() as u64,
             r12: script.calls.len() as u64,
-            r13: place.start.0,
+            r13: data.0,
+            r14: way_back.0,
+            r15: self.ending.argument(),
             rsp: place.end.0,
-            orig_rax: u64::MAX,
-            ..self.registers
+            ..self.registers_at(arena.range.start)
         })?;
-        self.tracee.resume(0)?;
+        match self.ending {
+            Ending::Followed => self.tracee.resume_to_syscall()?,
+            Ending::Trap | Ending::Signal(_) => self.tracee.resume(0)?,
+        }
         Ok(Running { arena, place, script })
     }
 
     /// Waits for the end of a script that was started. The thread is stopped or gone afterwards, also if this fails.
     pub(super) fn finish(&self, running: Running<'_>) -> Result<Outcome> {
-        let children = self.wait_for_trap()?;
+        let children = self.wait_for_end(running.arena)?;
         self.outcome(running, children)
     }
 
-    /// What a script has left behind that has come to its trap.
+    /// What a script has left behind that has come to its end.
     fn outcome(&self, running: Running<'_>, children: Vec<HostPid>) -> Result<Outcome> {
         let Running { arena, place, script } = running;
         let left = self.tracee.registers()?.r12 as usize;
-        let mut data = vec![0; script.size() - STACK_SIZE];
-        arena.memory.read(place.start, &mut data)?;
+        let mut data = vec![0; script.text_size()];
+        arena.memory.read(place.text(), &mut data)?;
         let calls = data.split_off(script.calls_offset());
         let results: Vec<i64> = calls
             .chunks_exact(CALL_SIZE)
@@ -243,34 +387,57 @@ impl<'t> Borrowed<'t> {
         }
     }
 
-    /// Gives the thread its registers and signal mask back. It stays stopped.
+    /// Gives the thread its signal mask and its registers back, in this order: as long as it does not have these, it finds
+    /// its way back. It stays stopped.
     pub fn give_back(self) -> Result<()> {
-        self.tracee.set_registers(&self.registers)?;
-        self.tracee.set_signal_mask(self.mask)
+        let mask = self.tracee.set_signal_mask(self.mask);
+        let registers = self.tracee.set_registers(&self.registers);
+        let cleared = match self.ground {
+            Ground::Bare(_) => Ok(()),
+            Ground::Safe { way_back, track, .. } => way_back.clear(track),
+        };
+        mask.and(registers).and(cleared)
     }
 
     /// Gives the thread back after an errand, whether or not that has succeeded.
-    pub(super) fn give_back_after<T>(self, done: Result<T>) -> Result<T> {
-        let given_back = self.give_back();
-        // If both have failed, this is the cause: the thread is gone, say.
-        let done = done?;
-        given_back.map(|()| done)
+    pub(super) fn give_back_after<T, E: From<Error>>(self, done: Result<T, E>) -> Result<T, E> {
+        first_failure(done, self.give_back())
     }
 
-    /// Waits until the interpreter comes to its trap; returns the processes and threads that were made on the way.
-    fn wait_for_trap(&self) -> Result<Vec<HostPid>> {
+    /// Waits until a script comes to its end; returns the processes and threads that were made on the way.
+    fn wait_for_end(&self, arena: &Arena) -> Result<Vec<HostPid>> {
         let mut children = Vec::new();
+        let mut stops_of_last_call = 0;
+        let done = arena.range.start.0 + done_offset();
+        let is_done = || Ok::<_, Error>(self.tracee.registers()?.rip == done);
         loop {
-            match self.tracee.wait()? {
-                Stop::Signal(libc::SIGTRAP) => return Ok(children),
-                Stop::Event(
-                    libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK,
+            match (self.tracee.wait()?, self.ending) {
+                (Stop::Signal(libc::SIGTRAP), Ending::Trap) => return Ok(children),
+                (Stop::Signal(signal), Ending::Signal(last)) if signal == last => {
+                    if is_done()? {
+                        return Ok(children);
+                    }
+                    // Somebody else's. The process ignores it.
+                    self.tracee.resume(0)?;
+                }
+                (Stop::Syscall, Ending::Followed) => {
+                    stops_of_last_call += u32::from(is_done()?);
+                    if stops_of_last_call == 2 {
+                        return Ok(children);
+                    }
+                    self.tracee.resume_to_syscall()?;
+                }
+                (
+                    Stop::Event(
+                        libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK,
+                    ),
+                    _,
                 ) => {
                     children.push(HostPid(self.tracee.event_message()? as i32));
                     self.tracee.resume(0)?;
                 }
-                Stop::Gone(_) => return Err(Error::Gone(self.tracee.tid())),
-                stop => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
+                (Stop::Gone(_), _) => return Err(Error::Gone(self.tracee.tid())),
+                (stop, _) => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
             }
         }
     }
@@ -286,13 +453,27 @@ impl<'t> Borrowed<'t> {
         }
     }
 
-    fn expect_stop(&self, expected: Stop) -> Result<()> {
-        match self.tracee.wait()? {
-            stop if stop == expected => Ok(()),
-            Stop::Gone(_) => Err(Error::Gone(self.tracee.tid())),
-            stop => Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
+    fn expect_syscall_stop(&self) -> Result<()> {
+        loop {
+            match self.tracee.wait()? {
+                Stop::Syscall => return Ok(()),
+                // One that the process ignores.
+                Stop::Signal(signal) if self.ending == Ending::Signal(signal) => {
+                    self.tracee.resume_to_syscall()?;
+                }
+                Stop::Gone(_) => return Err(Error::Gone(self.tracee.tid())),
+                stop => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
+            }
         }
     }
+}
+
+/// What was done, unless that or what had to be done afterwards has failed. If both have, the first is the cause: the thread
+/// is gone, say.
+fn first_failure<T, E: From<Error>>(done: Result<T, E>, afterwards: Result<()>) -> Result<T, E> {
+    let done = done?;
+    afterwards?;
+    Ok(done)
 }
 
 /// The error that a raw system call result stands for, if any.

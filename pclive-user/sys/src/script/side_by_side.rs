@@ -1,29 +1,35 @@
 //! Scripts that several threads of one process run at the same time.
 
-use super::borrowed::{Arena, Borrowed, SyscallInstruction};
+use super::borrowed::{Arena, Borrowed};
 use super::{Outcome, Script};
 use crate::Result;
 use crate::ptrace::Tracee;
 use std::borrow::Borrow;
 
-/// Runs a script in each of several stopped threads of a process, as many at a time as the arena has room for, and gives
-/// them back, whether or not that succeeds. Returns what each left behind, in the order of `scripts`.
+/// Runs a script in the leader of a process and one in each of several of its other threads, all of them stopped: as many at
+/// a time as the arena has room for. The other threads are given back, whether or not that succeeds. Returns what each left
+/// behind, the leader first.
 ///
 /// If scripts fail, the first error in that order is returned; the scripts that ran beside the one that failed have come
-/// to their ends nonetheless. If the process's leader is among the threads, it is the first.
+/// to their ends nonetheless.
 pub fn run_all<S: Borrow<Script>>(
     arena: &Arena,
-    syscall: SyscallInstruction,
-    scripts: &[(&Tracee, S)],
+    (leader, script): (&Borrowed<'_>, &Script),
+    members: &[(&Tracee, S)],
 ) -> Result<Vec<Outcome>> {
-    let mut outcomes = Vec::with_capacity(scripts.len());
-    let mut ahead = scripts;
-    while !ahead.is_empty() {
+    let mut outcomes = Vec::with_capacity(1 + members.len());
+    let mut first = Some(script);
+    let mut ahead = members;
+    while first.is_some() || !ahead.is_empty() {
         let mut room = arena.room();
-        let fitting = ahead.iter().take_while(|(_, script)| room.place(script.borrow()).is_ok()).count();
-        // At least one: if there is no room for it, it says so.
-        let (group, later) = ahead.split_at(fitting.max(1));
-        outcomes.extend(run_together(arena, syscall, group)?);
+        if let Some(script) = first {
+            room.place(script)?;
+        }
+        let fits = |(_, script): &&(&Tracee, S)| room.place(script.borrow()).is_ok();
+        let fitting = ahead.iter().take(leader.members()).take_while(fits).count();
+        // At least one thread: if there is no room for it, it says so.
+        let (group, later) = ahead.split_at(fitting.max(usize::from(first.is_none())));
+        outcomes.extend(run_together(arena, (leader, first.take()), group)?);
         ahead = later;
     }
     Ok(outcomes)
@@ -35,23 +41,25 @@ pub fn run_all<S: Borrow<Script>>(
 /// other threads have been waited for (`delay_group_leader` in kernel/exit.c): it must not run unless they do.
 fn run_together<S: Borrow<Script>>(
     arena: &Arena,
-    syscall: SyscallInstruction,
-    group: &[(&Tracee, S)],
+    (leader, script): (&Borrowed<'_>, Option<&Script>),
+    members: &[(&Tracee, S)],
 ) -> Result<Vec<Outcome>> {
     let mut room = arena.room();
-    let start = group.iter().rev().map(|(tracee, script)| {
+    let start = members.iter().enumerate().rev().map(|(index, (tracee, script))| {
         let place = room.place(script.borrow())?;
-        let borrowed = Borrowed::new(tracee, syscall)?;
+        let borrowed = leader.beside(tracee, (arena, place, index))?;
         let running = borrowed.start(arena, place, script.borrow());
         Ok((borrowed, running))
     });
     let started: Vec<Result<_>> = start.collect();
+    let leading = script.map(|script| leader.start(arena, room.place(script)?, script));
     let finish = |started: Result<(Borrowed<'_>, Result<_>)>| {
         let (borrowed, running) = started?;
         let done = running.and_then(|running| borrowed.finish(running));
         borrowed.give_back_after(done)
     };
     let mut done: Vec<Result<Outcome>> = started.into_iter().map(finish).collect();
+    done.extend(leading.map(|running| leader.finish(running?)));
     done.reverse();
     done.into_iter().collect()
 }
@@ -64,11 +72,6 @@ mod tests {
     use crate::Error;
     use nix::errno::Errno;
     use std::iter::zip;
-
-    fn run_all_of(team: &Team, scripts: &[Script]) -> Result<Vec<Outcome>> {
-        let scripts: Vec<_> = zip(&team.tracees, scripts).collect();
-        run_all(&team.arena, team.syscall, &scripts)
-    }
 
     fn name_of(tracee: &Tracee) -> String {
         std::fs::read_to_string(format!("/proc/{}/comm", tracee.tid())).unwrap().trim_end().to_owned()
@@ -99,7 +102,7 @@ mod tests {
                 script
             })
             .collect();
-        let outcomes = run_all_of(&team, &scripts).unwrap();
+        let outcomes = team.run_all(&scripts).unwrap();
         team.check_untouched();
         for (i, (tracee, outcome)) in zip(&team.tracees, &outcomes).enumerate() {
             assert_eq!(outcome.result(gettid), i64::from(tracee.tid().0));
@@ -114,7 +117,7 @@ mod tests {
         let mut script = Script::new();
         let pair = script.room(8);
         script.call("pipe2", libc::SYS_pipe2, [pair.into(), 0.into()]);
-        let outcome = run_all_of(&team, &[script]).unwrap().remove(0);
+        let outcome = team.run_all(&[script]).unwrap().remove(0);
         let end = |i: usize| i32::from_ne_bytes(outcome.data(pair)[i * 4..][..4].try_into().unwrap());
         // Each of the outer ones ends only because the one between them does what it must.
         let mut scripts = [Script::new(), Script::new(), Script::new()];
@@ -129,7 +132,7 @@ mod tests {
                 Expect::Exactly(len),
             );
         }
-        run_all_of(&team, &scripts).unwrap();
+        team.run_all(&scripts).unwrap();
         team.check_untouched();
     }
 
@@ -143,7 +146,7 @@ mod tests {
             }
             set_name(script, "done");
         }
-        let error = run_all_of(&team, &scripts).unwrap_err();
+        let error = team.run_all(&scripts).unwrap_err();
         team.check_untouched();
         assert_eq!(error.errno(), Some(Errno::EBADF));
         assert!(
@@ -159,14 +162,14 @@ mod tests {
         let mut script = Script::new();
         script.room(20_000);
         let gettid = script.call("gettid", libc::SYS_gettid, []);
-        let outcomes = run_all_of(&team, &vec![script.clone(); 7]).unwrap();
+        let outcomes = team.run_all(&vec![script.clone(); 7]).unwrap();
         let tids = |tid: &Outcome| tid.result(gettid) as i32;
         let expected: Vec<i32> = team.tracees.iter().map(|tracee| tracee.tid().0).collect();
         assert_eq!(outcomes.iter().map(tids).collect::<Vec<_>>(), expected);
 
         let mut too_large = script.clone();
         too_large.room(50_000);
-        let error = run_all_of(&team, &[script.clone(), too_large, script]).unwrap_err();
+        let error = team.run_all(&[script.clone(), too_large, script]).unwrap_err();
         assert!(matches!(error, Error::ScriptTooLarge { .. }), "{error}");
         team.check_untouched();
     }
@@ -176,12 +179,12 @@ mod tests {
         let mut team = Team::start(3);
         let mut exit = Script::new();
         exit.call("exit", libc::SYS_exit, [0.into()]);
-        let error = run_all(&team.arena, team.syscall, &[(&team.tracees[1], &exit)]).unwrap_err();
+        let error = team.run_all(&[Script::new(), exit]).unwrap_err();
         assert!(matches!(error, Error::Gone(tid) if tid == team.tracees[1].tid()), "{error}");
 
         let mut script = Script::new();
         set_name(&mut script, "done");
-        let error = run_all_of(&team, &vec![script; 3]).unwrap_err();
+        let error = team.run_all(&vec![script; 3]).unwrap_err();
         assert_eq!(error.errno(), Some(Errno::ESRCH));
         team.forget(1);
         team.check_untouched();
@@ -200,7 +203,7 @@ mod tests {
                 }
                 script.call("pause", libc::SYS_pause, []);
             }
-            let error = run_all_of(&team, &scripts).unwrap_err();
+            let error = team.run_all(&scripts).unwrap_err();
             // Otherwise it may be killed before the leader can be let go.
             if killer == 0 {
                 assert!(matches!(error, Error::Gone(tid) if tid == pid), "{error}");

@@ -1,11 +1,14 @@
 //! Processes in which the tests of scripts run them.
 
-use super::{Arena, Borrowed, Script, SyscallInstruction};
+use super::{Arena, Borrowed, Footing, Outcome, Script, SyscallInstruction, run_all};
 use crate::mem::ProcessMemory;
 use crate::ptrace::{Seize, Stop, Tracee, kill_all};
+use crate::{Error, Result};
 use pclive_wire::manifest::Registers;
 use pclive_wire::{HostPid, PageRange, VirtAddr};
+use std::iter::zip;
 use std::process::{Child, Command};
+use std::sync::Arc;
 
 pub const ARENA: u64 = 64 * 1024;
 
@@ -33,20 +36,22 @@ impl Sleeper {
     }
 
     fn vdso(&self) -> PageRange {
-        let maps = self.maps();
-        let line = maps.lines().find(|line| line.ends_with("[vdso]")).unwrap();
-        let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
-        let addr = |hex| VirtAddr(u64::from_str_radix(hex, 16).unwrap());
-        PageRange::between(addr(start), addr(end))
+        vdso_of(self.pid())
     }
 
-    fn stop(&self, purpose: Seize) -> (Tracee, SyscallInstruction) {
-        let tracee = Tracee::seize(self.pid(), purpose).unwrap();
-        tracee.interrupt().unwrap();
-        tracee.wait_trap().unwrap();
-        let memory = ProcessMemory::open(self.pid()).unwrap();
-        let syscall = SyscallInstruction::find(self.pid(), &memory, self.vdso()).unwrap();
-        (tracee, syscall)
+    fn memory(&self) -> ProcessMemory {
+        ProcessMemory::open(self.pid()).unwrap()
+    }
+
+    /// Those where scripts end by a signal, and where they must be followed.
+    fn footings(&self) -> [Footing; 2] {
+        [0, u64::MAX].map(|caught| footing_of(self.pid(), caught))
+    }
+
+    fn vdso_image(&self) -> Vec<u8> {
+        let mut image = vec![0; self.vdso().bytes() as usize];
+        self.memory().read(self.vdso().start, &mut image).unwrap();
+        image
     }
 }
 
@@ -58,19 +63,57 @@ impl Drop for Sleeper {
     }
 }
 
-/// Stops a sleeping process, has `test` run scripts in it, and checks that nothing stays behind.
-pub fn with_arena(test: impl FnOnce(&Borrowed<'_>, &Arena)) {
+fn vdso_of(pid: HostPid) -> PageRange {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let line = maps.lines().find(|line| line.ends_with("[vdso]")).unwrap();
+    let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+    let addr = |hex| VirtAddr(u64::from_str_radix(hex, 16).unwrap());
+    PageRange::between(addr(start), addr(end))
+}
+
+/// That of a process that handles these signals.
+pub fn footing_of(pid: HostPid, caught: u64) -> Footing {
+    let memory = Arc::new(ProcessMemory::open(pid).unwrap());
+    let footing = Footing::find(pid, memory, vdso_of(pid)).unwrap();
+    assert!(footing.has_way_back());
+    footing.with_caught(caught)
+}
+
+/// Attaches to a thread and stops it.
+pub fn stop(tid: HostPid, purpose: Seize) -> Tracee {
+    let tracee = Tracee::seize(tid, purpose).unwrap();
+    tracee.interrupt().unwrap();
+    tracee.wait_trap().unwrap();
+    tracee
+}
+
+/// Stops a sleeping process, has `test` run scripts in it, in each of the ways that there are, and checks that nothing stays
+/// behind.
+pub fn with_arena(test: impl Fn(&Borrowed<'_>, &Arena)) {
     let sleeper = Sleeper::start();
-    let maps = sleeper.maps();
-    let (tracee, syscall) = sleeper.stop(Seize::Source);
+    let (maps, vdso) = (sleeper.maps(), sleeper.vdso_image());
+    let tracee = stop(sleeper.pid(), Seize::Source);
     let before = standing(&tracee);
+    let use_arena = |borrowed: &Borrowed<'_>| {
+        borrowed.with_arena(ARENA, |arena| {
+            test(borrowed, arena);
+            Ok::<(), Error>(())
+        })
+    };
+    let check = || {
+        assert_eq!(standing(&tracee), before);
+        assert_eq!(sleeper.maps(), maps);
+        assert!(sleeper.vdso_image() == vdso);
+    };
+    for footing in sleeper.footings() {
+        Borrowed::lend(&tracee, &footing, use_arena).unwrap();
+        check();
+    }
+    let syscall = SyscallInstruction::find(sleeper.pid(), &sleeper.memory(), sleeper.vdso()).unwrap();
     let borrowed = Borrowed::new(&tracee, syscall).unwrap();
-    let arena = borrowed.map_arena(ARENA, None).unwrap();
-    test(&borrowed, &arena);
-    borrowed.unmap_arena(arena).unwrap();
+    use_arena(&borrowed).unwrap();
     borrowed.give_back().unwrap();
-    assert_eq!(standing(&tracee), before);
-    assert_eq!(sleeper.maps(), maps);
+    check();
     tracee.detach().unwrap();
     assert!(sleeper.maps() == maps, "still running");
 }
@@ -85,25 +128,23 @@ pub struct Team {
     sleeper: Sleeper,
     /// The leader first.
     pub tracees: Vec<Tracee>,
-    pub syscall: SyscallInstruction,
-    pub arena: Arena,
+    footing: Footing,
     before: Vec<(Registers, u64)>,
 }
 
 impl Team {
     pub fn start(size: usize) -> Self {
         let sleeper = Sleeper::start();
-        let (leader, syscall) = sleeper.stop(Seize::Skeleton);
+        let leader = stop(sleeper.pid(), Seize::Skeleton);
+        let [footing, _] = sleeper.footings();
         let mut script = Script::new();
         for _ in 1..size {
             script.call("clone", libc::SYS_clone, [THREAD_FLAGS.into(), 0.into()]);
         }
-        let (arena, threads) = Borrowed::lend(&leader, syscall, |borrowed| {
-            let arena = borrowed.map_arena(ARENA, None)?;
-            let threads = borrowed.run(&arena, &script)?.children().to_vec();
-            Ok((arena, threads))
-        })
-        .unwrap();
+        let make_threads = |leader: &Borrowed<'_>| {
+            leader.with_arena(ARENA, |arena| Ok::<_, Error>(leader.run(arena, &script)?.children().to_vec()))
+        };
+        let threads = Borrowed::lend(&leader, &footing, make_threads).unwrap();
         let threads = threads.into_iter().map(|tid| {
             let thread = Tracee::auto_attached(tid);
             assert_eq!(thread.wait().unwrap(), Stop::Trap);
@@ -117,7 +158,15 @@ impl Team {
             tracee.set_signal_mask(1 << (libc::SIGRTMIN() as usize + i % 30 - 1)).unwrap();
         }
         let before = tracees.iter().map(standing).collect();
-        Self { sleeper, tracees, syscall, arena, before }
+        Self { sleeper, tracees, footing, before }
+    }
+
+    /// Runs these scripts in the first threads.
+    pub fn run_all(&self, scripts: &[Script]) -> Result<Vec<Outcome>> {
+        let members: Vec<_> = zip(&self.tracees, scripts).skip(1).collect();
+        Borrowed::lend(&self.tracees[0], &self.footing, |leader| {
+            leader.with_arena(ARENA, |arena| run_all(arena, (leader, &scripts[0]), &members))
+        })
     }
 
     /// Leaves a thread that is gone out of account.

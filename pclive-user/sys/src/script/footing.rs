@@ -1,0 +1,165 @@
+//! Where a process makes injected calls.
+
+use super::way_back::WayBack;
+use crate::mem::ProcessMemory;
+use crate::ptrace::Tracee;
+use crate::registers::{SECTION_SIZE, out_of};
+use crate::{Error, Result};
+use pclive_wire::manifest::Registers;
+use pclive_wire::{HostPid, PageRange, VirtAddr};
+use std::sync::Arc;
+
+/// Where a process has a `syscall` instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct SyscallInstruction(pub(super) VirtAddr);
+
+impl SyscallInstruction {
+    /// Finds the one in the vDSO, mapped at `vdso`, so that nothing in the process needs to be overwritten.
+    pub fn find(pid: HostPid, memory: &ProcessMemory, vdso: PageRange) -> Result<Self> {
+        Self::find_in(pid, vdso, &read(memory, vdso)?)
+    }
+
+    fn find_in(pid: HostPid, vdso: PageRange, image: &[u8]) -> Result<Self> {
+        const SYSCALL: [u8; 2] = [0x0f, 0x05];
+        let offset = image.windows(2).position(|bytes| bytes == SYSCALL);
+        offset.map(|offset| Self(vdso.start.offset(offset as u64))).ok_or(Error::NoSyscallInstruction(pid))
+    }
+}
+
+fn read(memory: &ProcessMemory, vdso: PageRange) -> Result<Vec<u8>> {
+    let mut image = vec![0; vdso.bytes() as usize];
+    memory.read(vdso.start, &mut image)?;
+    Ok(image)
+}
+
+/// Where a process of a container makes injected calls, so that its threads go on by themselves if pclive dies meanwhile.
+#[derive(Debug)]
+pub struct Footing {
+    memory: Arc<ProcessMemory>,
+    syscall: SyscallInstruction,
+    way_back: Option<WayBack>,
+    caught: u64,
+}
+
+impl Footing {
+    /// Finds it in and behind the vDSO, mapped at `vdso`.
+    pub fn find(pid: HostPid, memory: Arc<ProcessMemory>, vdso: PageRange) -> Result<Self> {
+        let image = read(&memory, vdso)?;
+        let syscall = SyscallInstruction::find_in(pid, vdso, &image)?;
+        let way_back = WayBack::find(memory.clone(), vdso, &image);
+        Ok(Self { memory, syscall, way_back, caught: u64::MAX })
+    }
+
+    /// Which signals the process has handlers for: until that is known, all may be handled, and scripts are slower.
+    pub fn with_caught(self, caught: u64) -> Self {
+        Self { caught, ..self }
+    }
+
+    /// Whether threads find their way back. Otherwise who is killed by its trap if pclive dies while it makes a call: the
+    /// vDSO leaves no room.
+    pub fn has_way_back(&self) -> bool {
+        self.way_back.is_some()
+    }
+
+    pub(super) fn way_back(&self) -> Option<&WayBack> {
+        self.way_back.as_ref()
+    }
+
+    pub(super) fn syscall(&self) -> SyscallInstruction {
+        self.syscall
+    }
+
+    pub(super) fn caught(&self) -> u64 {
+        self.caught
+    }
+
+    /// Registers with which a stopped thread goes on after it has done something else.
+    pub(super) fn registers_of(&self, tracee: &Tracee) -> Result<Registers> {
+        let registers = tracee.registers()?;
+        // Kernels before 5.13 do not tell, and what cannot be read is nothing that the thread is in.
+        let Ok(Some(rseq)) = tracee.rseq() else { return Ok(registers) };
+        let mut section = [0; 8];
+        let field = self.memory.read(rseq.address.offset(RSEQ_CS_OFFSET), &mut section);
+        let address = VirtAddr(u64::from_ne_bytes(section));
+        let mut section = [0; SECTION_SIZE];
+        if field.is_err() || address.0 == 0 || self.memory.read(address, &mut section).is_err() {
+            return Ok(registers);
+        }
+        Ok(out_of(section, registers))
+    }
+}
+
+/// The address of the `struct rseq_cs`, in a `struct rseq`.
+const RSEQ_CS_OFFSET: u64 = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::super::Borrowed;
+    use super::super::killed::Fork;
+    use super::super::sleeper::{footing_of, stop};
+    use crate::ptrace::Seize;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::{Duration, Instant};
+
+    unsafe extern "C" {
+        /// Where glibc (2.35) has a thread's `struct rseq`, from its thread pointer on.
+        static __rseq_offset: isize;
+    }
+
+    /// Stays in a restartable sequence, and counts how often it is aborted.
+    fn stay_in_a_sequence(aborted: &AtomicU64) -> ! {
+        // SAFETY: it never returns. It writes the counter and this thread's own registration, which nobody else uses here.
+        unsafe {
+            std::arch::asm!(
+                ".pushsection .data.rel.ro.pclive_sequence, \"aw\"",
+                ".p2align 5",
+                "5: .long 0, 0",
+                ".quad 3f, 4f - 3f, 6f",
+                ".popsection",
+                "2: lea rax, [rip + 5b]",
+                "mov fs:[rcx + 8], rax",
+                "3: pause",
+                "jmp 3b",
+                "4: ud2",
+                ".long 0x53053053", // RSEQ_SIG
+                "6: lock inc qword ptr [rdi]",
+                "jmp 2b",
+                in("rcx") __rseq_offset,
+                in("rdi") aborted,
+                options(noreturn),
+            )
+        }
+    }
+
+    #[test]
+    fn a_restartable_sequence_in_which_a_thread_is_stopped_is_aborted() {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        // SAFETY: a fresh page of zeros that is never unmapped.
+        let aborted = unsafe {
+            let page =
+                libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            assert_ne!(page, libc::MAP_FAILED);
+            &*page.cast::<AtomicU64>()
+        };
+        let process = Fork::new(|| stay_in_a_sequence(aborted));
+        let wait_for_more_than = |count| {
+            let end = Instant::now() + Duration::from_secs(10);
+            while aborted.load(Ordering::Relaxed) <= count {
+                assert!(Instant::now() < end, "it goes on as if nothing had been");
+                std::thread::yield_now();
+            }
+        };
+        // By the kernel, when somebody else has got its processor.
+        wait_for_more_than(0);
+        for _ in 0..10 {
+            let tracee = stop(process.pid, Seize::Source);
+            let count = aborted.load(Ordering::Relaxed);
+            Borrowed::lend(&tracee, &footing_of(process.pid, 0), |borrowed| {
+                borrowed.call("getpid", libc::SYS_getpid, []).map(drop)
+            })
+            .unwrap();
+            tracee.detach().unwrap();
+            wait_for_more_than(count);
+        }
+    }
+}

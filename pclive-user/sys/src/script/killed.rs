@@ -1,0 +1,341 @@
+//! What becomes of a process while its tracer is killed, again and again, whatever it does with it just then.
+
+use super::sleeper::{footing_of, stop};
+use super::{Arg, Borrowed, Script, run_all};
+use crate::Result;
+use crate::ptrace::{Seize, Tracee};
+use pclive_wire::HostPid;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+/// What the victim ends with when it finds that something has been changed.
+const CHANGED: i32 = 99;
+/// How long it may take until a process is as it was.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A process that was forked from this one. It is killed when this is dropped.
+pub(super) struct Fork {
+    pub(super) pid: HostPid,
+}
+
+impl Fork {
+    /// One that does `life`.
+    pub(super) fn new(life: impl FnOnce()) -> Self {
+        // SAFETY: the child is of a process with several threads, of which only this one is left in it. It allocates, which
+        // glibc's fork sees to, and takes no other lock that another thread could have held.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            life();
+            exit();
+        }
+        assert!(pid > 0, "fork");
+        Self { pid: HostPid(pid) }
+    }
+
+    /// How it has ended, as `wait(2)` gives it, if it has.
+    fn ended(&self) -> Option<i32> {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place for the result.
+        let ended = unsafe { libc::waitpid(self.pid.0, &mut status, libc::WNOHANG) };
+        (ended != 0).then_some(status)
+    }
+}
+
+impl Drop for Fork {
+    fn drop(&mut self) {
+        // SAFETY: both calls take integers. Only the owner of this waits for the child, so that its id is its own until then.
+        unsafe {
+            libc::kill(self.pid.0, libc::SIGKILL);
+            libc::waitpid(self.pid.0, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+fn exit() -> ! {
+    // SAFETY: ends this process at once.
+    unsafe { libc::_exit(CHANGED) }
+}
+
+/// Checks without end that registers, flags and the red zone are what they were. With `sleeping` it does so around a system
+/// call that the kernel restarts if it is interrupted.
+fn watch_registers(sleeping: bool) -> ! {
+    let short = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
+    // SAFETY: it never returns, whatever registers it changes; its own stack is all the memory that it writes, and what it
+    // reads lives on.
+    unsafe {
+        std::arch::asm!(
+            "sub rsp, 256",
+            "mov [rsp], rdi",
+            "mov [rsp + 8], rsi",
+            "mov rax, 0x1234567890abcdef",
+            "mov [rsp - 64], rax",
+            "movq xmm7, rax",
+            "movq xmm15, rax",
+            "mov rbx, 11",
+            "mov rdx, 12",
+            "mov rbp, 13",
+            "mov r8, 14",
+            "mov r9, 15",
+            "mov r10, 16",
+            "mov r12, 17",
+            "mov r13, 18",
+            "mov r14, 19",
+            "mov r15, 20",
+            "2:",
+            "mov rcx, 21",
+            "mov r11, 22",
+            "mov rax, 35", // nanosleep
+            "stc",
+            "pause",
+            "pause",
+            "pause",
+            "pause",
+            "jnc 9f",
+            "cmp rcx, 21",
+            "jne 9f",
+            "cmp r11, 22",
+            "jne 9f",
+            "cmp rax, 35",
+            "jne 9f",
+            "cmp qword ptr [rsp + 8], 0",
+            "je 3f",
+            "mov rsi, 0",
+            "syscall",
+            "cmp rax, 0",
+            "jne 9f",
+            "mov rsi, [rsp + 8]",
+            "3:",
+            "cmp rdi, [rsp]",
+            "jne 9f",
+            "cmp rsi, [rsp + 8]",
+            "jne 9f",
+            "mov rax, [rsp - 64]",
+            "movq [rsp + 16], xmm7",
+            "cmp rax, [rsp + 16]",
+            "jne 9f",
+            "movq [rsp + 16], xmm15",
+            "cmp rax, [rsp + 16]",
+            "jne 9f",
+            "cmp rbx, 11",
+            "jne 9f",
+            "cmp rdx, 12",
+            "jne 9f",
+            "cmp rbp, 13",
+            "jne 9f",
+            "cmp r8, 14",
+            "jne 9f",
+            "cmp r9, 15",
+            "jne 9f",
+            "cmp r10, 16",
+            "jne 9f",
+            "cmp r12, 17",
+            "jne 9f",
+            "cmp r13, 18",
+            "jne 9f",
+            "cmp r14, 19",
+            "jne 9f",
+            "cmp r15, 20",
+            "je 2b",
+            "9:",
+            "call {changed}",
+            "ud2",
+            changed = sym exit,
+            in("rdi") &raw const short,
+            in("rsi") u64::from(sleeping),
+            options(noreturn),
+        )
+    }
+}
+
+/// What the victim's leader does.
+#[derive(Clone, Copy, Debug)]
+enum Leader {
+    /// It waits in a system call for what it is told, and says it again.
+    Echoes,
+    /// It never makes a call.
+    Spins,
+    /// It sleeps again and again.
+    Sleeps,
+}
+
+/// A process with three threads that notices what is done to it.
+struct Victim {
+    process: Fork,
+    voice: File,
+    ear: File,
+    before: Vec<String>,
+}
+
+impl Victim {
+    fn start(leader: Leader) -> Self {
+        let ((heard, voice), (ear, said)) = (nix::unistd::pipe().unwrap(), nix::unistd::pipe().unwrap());
+        let (mut heard, mut said) = (File::from(heard), File::from(said));
+        let process = Fork::new(|| {
+            for sleeping in [false, true] {
+                let said = said.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    nix::unistd::write(&said, b"x").unwrap();
+                    watch_registers(sleeping)
+                });
+            }
+            said.write_all(b"x").unwrap();
+            let mut byte = [0];
+            match leader {
+                Leader::Spins => watch_registers(false),
+                Leader::Sleeps => watch_registers(true),
+                Leader::Echoes => loop {
+                    let in_and_out = (heard.read(&mut byte), said.write(&byte));
+                    if !matches!(in_and_out, (Ok(1), Ok(1))) {
+                        exit();
+                    }
+                },
+            }
+        });
+        let mut victim = Self { process, voice: voice.into(), ear: ear.into(), before: Vec::new() };
+        victim.ear.read_exact(&mut [0; 3]).unwrap();
+        victim.before = victim.look();
+        victim
+    }
+
+    fn tids(&self) -> Vec<HostPid> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.process.pid)).unwrap();
+        let mut tids: Vec<i32> =
+            tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+        tids.sort();
+        tids.into_iter().map(HostPid).collect()
+    }
+
+    /// What is not to change: mappings, descriptors, and of each thread its blocked and pending signals and that it runs.
+    fn look(&self) -> Vec<String> {
+        const OF_THREAD: [&str; 4] = ["SigBlk", "SigPnd", "ShdPnd", "TracerPid"];
+        let pid = self.process.pid;
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let mut seen: Vec<String> = maps.lines().map(str::to_owned).collect();
+        seen.push(format!("{} descriptors", fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()));
+        for tid in self.tids() {
+            let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap();
+            let wanted = |line: &&str| OF_THREAD.iter().any(|name| line.starts_with(name));
+            seen.extend(status.lines().filter(wanted).map(|line| format!("{tid}: {line}")));
+            let stands = status.contains("(stopped)") || status.contains("(tracing stop)");
+            seen.push(format!("{tid} {}", if stands { "stands still" } else { "runs" }));
+        }
+        seen
+    }
+
+    /// Waits until it is as it was. Whether it is, but for an arena that has stayed.
+    fn check(&mut self, leader: Leader) -> bool {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            assert_eq!(self.process.ended(), None, "the victim has ended");
+            let now = self.look();
+            let differs = |these: &[String], those: &[String]| -> Vec<String> {
+                these.iter().filter(|line| !those.contains(line)).cloned().collect()
+            };
+            let (new, gone) = (differs(&now, &self.before), differs(&self.before, &now));
+            if new.is_empty() && gone.is_empty() {
+                break;
+            }
+            if gone.is_empty()
+                && new.iter().all(|line| line.contains("rwxp"))
+                && Instant::now() + PATIENCE / 2 > end
+            {
+                self.before = now;
+                return false;
+            }
+            assert!(Instant::now() < end, "it has {new:#?} instead of {gone:#?}");
+            std::thread::yield_now();
+        }
+        if matches!(leader, Leader::Echoes) {
+            self.voice.write_all(b"x").unwrap();
+            self.ear.read_exact(&mut [0]).unwrap();
+        }
+        true
+    }
+
+    /// What pclive does to attach.
+    fn have_a_descriptor_opened(&self) -> Result<()> {
+        let leader = stop(self.process.pid, Seize::Source);
+        Borrowed::lend(&leader, &footing_of(self.process.pid, 0), |borrowed| {
+            let fd = borrowed.open("eventfd2", libc::SYS_eventfd2, [0, 0])?;
+            borrowed.call("close", libc::SYS_close, [fd as u64])
+        })?;
+        leader.detach()
+    }
+
+    /// What it does to ask all threads.
+    fn run_scripts(&self, caught: u64) -> Result<()> {
+        let tracees: Vec<Tracee> = self.tids().into_iter().map(|tid| stop(tid, Seize::Source)).collect();
+        let mut script = Script::new();
+        let room = script.room(24);
+        for _ in 0..10 {
+            let args: [Arg; 2] = [0.into(), room.into()];
+            script.call("sigaltstack", libc::SYS_sigaltstack, args);
+        }
+        let members: Vec<_> = tracees[1..].iter().map(|tracee| (tracee, &script)).collect();
+        Borrowed::lend(&tracees[0], &footing_of(self.process.pid, caught), |leader| {
+            leader.with_arena(1 << 16, |arena| run_all(arena, (leader, &script), &members).map(drop))
+        })?;
+        tracees.into_iter().try_for_each(Tracee::detach)
+    }
+}
+
+/// Has a process do `work` with a victim again and again until it is killed, after ever other times.
+fn kill_again_and_again(leader: Leader, work: impl Fn(&Victim) -> Result<()>) {
+    const TIMES: u32 = 150;
+    /// Longer than the work takes, and with no part in common with it.
+    const STEP: Duration = Duration::from_nanos(8_767);
+    let mut victim = Victim::start(leader);
+    let mut arenas_left = 0;
+    for i in 0..TIMES {
+        let (mut started, starting) = nix::unistd::pipe().map(|(a, b)| (File::from(a), b)).unwrap();
+        let tracer = Fork::new(|| {
+            nix::unistd::write(&starting, b"x").unwrap();
+            while work(&victim).is_ok() {}
+        });
+        started.read_exact(&mut [0]).unwrap();
+        let start = Instant::now();
+        while start.elapsed() < i * STEP {
+            std::hint::spin_loop();
+        }
+        drop(tracer);
+        arenas_left += u32::from(!victim.check(leader));
+    }
+    assert!(arenas_left < TIMES / 20, "of {TIMES} times an arena has stayed {arenas_left} times");
+}
+
+#[test]
+fn a_process_in_which_descriptors_are_opened() {
+    for leader in [Leader::Echoes, Leader::Spins, Leader::Sleeps] {
+        kill_again_and_again(leader, Victim::have_a_descriptor_opened);
+    }
+}
+
+#[test]
+fn a_process_whose_threads_run_scripts() {
+    for leader in [Leader::Echoes, Leader::Spins, Leader::Sleeps] {
+        kill_again_and_again(leader, |victim| victim.run_scripts(0));
+    }
+}
+
+#[test]
+fn a_process_whose_scripts_are_followed() {
+    kill_again_and_again(Leader::Echoes, |victim| victim.run_scripts(u64::MAX));
+}
+
+#[test]
+fn what_was_left_behind_does_not_prevent_the_next_time() {
+    let mut victim = Victim::start(Leader::Echoes);
+    let footing = footing_of(victim.process.pid, 0);
+    let tracer = Fork::new(|| {
+        let leader = stop(victim.process.pid, Seize::Source);
+        let killed = Borrowed::lend(&leader, &footing, |_| -> Result<()> { exit() });
+        killed.unwrap();
+    });
+    while tracer.ended().is_none() {
+        std::thread::yield_now();
+    }
+    assert!(victim.check(Leader::Echoes));
+    victim.run_scripts(0).unwrap();
+    assert!(victim.check(Leader::Echoes));
+}
