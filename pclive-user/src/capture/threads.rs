@@ -53,6 +53,8 @@ pub struct StoppedProcess {
     pub pid: HostPid,
     /// The leader first.
     pub threads: Vec<StoppedThread>,
+    /// Whether a signal has stopped it before.
+    pub by_signal: bool,
 }
 
 impl StoppedProcess {
@@ -60,16 +62,20 @@ impl StoppedProcess {
     pub fn stop(process: &SourceProcess) -> Result<Self, ThreadError> {
         let pid = process.pid;
         let mut stopped: Vec<Tracee> = Vec::new();
+        let mut by_signal = false;
         loop {
             let known: HashSet<HostPid> = stopped.iter().map(Tracee::tid).collect();
             let mut new = proc::threads(pid).map_err(TreeError::from)?;
             new.retain(|tid| !known.contains(tid));
             if new.is_empty() {
-                return Ok(Self { pid, threads: with_status(pid, stopped)? });
+                return Ok(Self { pid, threads: with_status(pid, stopped)?, by_signal });
             }
             for tracee in interrupt(new)? {
                 match tracee.wait_trap() {
-                    Ok(()) => stopped.push(tracee),
+                    Ok(group_stop) => {
+                        by_signal |= group_stop;
+                        stopped.push(tracee);
+                    }
                     Err(pclive_sys::Error::Gone(_)) => {}
                     Err(e) => return Err(e.into()),
                 }
@@ -258,6 +264,8 @@ mod tests {
     use super::super::tree::read_tree;
     use super::super::tree::tests::Contained;
     use super::*;
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
 
     #[test]
     fn threads_that_come_and_go_are_all_stopped() {
@@ -280,5 +288,26 @@ mod tests {
             assert_eq!(numbers.len(), tids.len());
             stopped.resume().unwrap();
         }
+    }
+
+    #[test]
+    fn a_process_that_a_signal_has_stopped_is_told_from_one_that_runs() {
+        let contained = Contained::start("import time\nprint('ready', flush=True)\ntime.sleep(1000)\n");
+        let process = read_tree(&[contained.init]).unwrap().remove(0);
+        let is_by_signal = |state: char| {
+            while Stat::of(contained.init).unwrap().state != state {
+                std::thread::yield_now();
+            }
+            let stopped = StoppedProcess::stop(&process).unwrap();
+            let by_signal = stopped.by_signal;
+            stopped.resume().unwrap();
+            by_signal
+        };
+        let pid = Pid::from_raw(contained.init.0);
+        assert!(!is_by_signal('S'));
+        kill(pid, Signal::SIGSTOP).unwrap();
+        assert!(is_by_signal('T'));
+        kill(pid, Signal::SIGCONT).unwrap();
+        assert!(!is_by_signal('S'));
     }
 }

@@ -32,8 +32,10 @@ const _: () = assert!(size_of::<RseqConfiguration>() == 24);
 /// What became of a tracee when it was waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// `PTRACE_EVENT_STOP`: by [`Tracee::interrupt`], a group stop, or the first stop of an auto-attached child.
+    /// `PTRACE_EVENT_STOP`: by [`Tracee::interrupt`], or the first stop of an auto-attached child.
     Trap,
+    /// `PTRACE_EVENT_STOP` of a process that a signal has stopped, or is just stopping (a group stop).
+    Group,
     /// About to receive this signal.
     Signal(i32),
     /// Entry to or exit from a system call.
@@ -113,11 +115,12 @@ impl Tracee {
     }
 
     /// Waits until the thread has stopped after [`Tracee::interrupt`]. Signals that arrive meanwhile are delivered, and
-    /// the interrupt is asked for again, because any stop uses it up.
-    pub fn wait_trap(&self) -> Result<()> {
+    /// the interrupt is asked for again, because any stop uses it up. Whether a signal has stopped its process, too.
+    pub fn wait_trap(&self) -> Result<bool> {
         loop {
             match self.wait()? {
-                Stop::Trap => return Ok(()),
+                Stop::Trap => return Ok(false),
+                Stop::Group => return Ok(true),
                 Stop::Signal(signal) => {
                     self.interrupt()?;
                     self.resume(signal)?;
@@ -217,6 +220,13 @@ impl Tracee {
         }
     }
 
+    /// Which signals are pending: for the whole process if `shared`, else for this thread.
+    pub fn pending_mask(&self, shared: bool) -> Result<u64> {
+        let number = |info: Vec<u8>| i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+        let pending = self.pending_signals(shared)?;
+        Ok(pending.into_iter().map(number).fold(0, |mask, signal| mask | 1 << (signal - 1)))
+    }
+
     /// The thread's restartable-sequences registration, if it has one (Linux 5.13).
     pub fn rseq(&self) -> Result<Option<Rseq>> {
         let mut raw = RseqConfiguration::default();
@@ -283,7 +293,8 @@ fn classify(status: i32) -> Stop {
     }
     let signal = libc::WSTOPSIG(status);
     match status >> 16 {
-        libc::PTRACE_EVENT_STOP => Stop::Trap,
+        libc::PTRACE_EVENT_STOP if signal == libc::SIGTRAP => Stop::Trap,
+        libc::PTRACE_EVENT_STOP => Stop::Group,
         0 if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
         0 => Stop::Signal(signal),
         event => Stop::Event(event),
@@ -389,7 +400,7 @@ mod tests {
             tracee.resume(0).unwrap();
             assert_eq!(tracee.wait().unwrap(), Stop::Signal(libc::SIGSTOP));
             tracee.resume(libc::SIGSTOP).unwrap();
-            assert_eq!(tracee.wait().unwrap(), Stop::Trap);
+            assert_eq!(tracee.wait().unwrap(), Stop::Group);
         };
         assert_eq!(after_the_tracers_death(Seize::Source, stop, 'T'), 'T', "it was stopped before");
     }

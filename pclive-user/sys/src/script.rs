@@ -102,6 +102,18 @@ pclive_interpreter_start:
     mov rsi, r15
     mov eax, {tkill}
     syscall
+    lea rcx, [r15 - 1]
+    mov eax, 1
+    shl rax, cl
+    push rax
+    mov rsi, rsp
+    test r15, r15
+    cmovz rsi, r15
+    mov edi, {unblock}
+    mov edx, 0
+    mov r10d, 8
+    mov eax, {sigprocmask}
+    syscall
 pclive_interpreter_done:
     jmp r14
 5:  int3
@@ -110,6 +122,8 @@ pclive_interpreter_end:
     "#,
     gettid = const libc::SYS_gettid,
     tkill = const libc::SYS_tkill,
+    unblock = const libc::SIG_UNBLOCK,
+    sigprocmask = const libc::SYS_rt_sigprocmask,
 );
 
 unsafe extern "C" {
@@ -118,7 +132,7 @@ unsafe extern "C" {
     static pclive_interpreter_end: u8;
 }
 
-/// How far from the start of the interpreter a thread is that has sent itself the signal at the end.
+/// How far from the start of the interpreter a thread is that has sent itself the signal at the end, and unblocked it.
 fn done_offset() -> u64 {
     // SAFETY: both symbols lie in the same constant blob, defined above.
     unsafe { (&raw const pclive_interpreter_done).offset_from(&raw const pclive_interpreter_start) as u64 }

@@ -140,7 +140,10 @@ impl Migration<'_> {
         });
         let sharing = self.container.sharing_memory().into_iter();
         let sharing = sharing.map(|pid| format!("process {pid} runs in the memory of its parent"));
-        Ok(unreaped.chain(sharing).collect())
+        let by_signal = stopped.iter().filter(|process| process.by_signal);
+        let by_signal =
+            by_signal.map(|process| format!("process {} has been stopped by a signal", process.pid));
+        Ok(unreaped.chain(sharing).chain(by_signal).collect())
     }
 
     fn send_last(

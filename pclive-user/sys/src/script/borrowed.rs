@@ -115,8 +115,7 @@ impl Ending {
     fn mask(self) -> u64 {
         match self {
             Self::Trap => !(1 << (libc::SIGTRAP - 1)),
-            Self::Signal(signal) => !(1 << (signal - 1)),
-            Self::Followed => u64::MAX,
+            Self::Signal(_) | Self::Followed => u64::MAX,
         }
     }
 
@@ -191,7 +190,8 @@ impl<'t> Borrowed<'t> {
         (registers, mask): (Registers, u64),
         (footing, way_back, track): (&'t Footing, &'t WayBack, Track),
     ) -> Result<Self> {
-        let signal = unnoticed_signal(footing.caught(), mask);
+        let [own, of_all] = [tracee.pending_mask(false)?, tracee.pending_mask(true)?];
+        let signal = unnoticed_signal(footing.caught(), own, of_all);
         let ending = signal.map_or(Ending::Followed, Ending::Signal);
         let ground = Ground::Safe { footing, way_back, track };
         let borrowed = Self { tracee, registers, mask, ground, ending };
@@ -258,12 +258,16 @@ impl<'t> Borrowed<'t> {
             Undo::Close => (libc::SYS_close, 0),
             Undo::Unmap(len) => (libc::SYS_munmap, len),
         };
+        if let Ending::Signal(_) = self.ending {
+            // A script before this call has unblocked it.
+            self.tracee.set_signal_mask(self.ending.mask())?;
+        }
         let rax = number as u64;
         let (r14, base) = (r14 as u64, self.registers_at(call));
         self.tracee.set_registers(&Registers { rax, rdi, rsi, rdx, r10, r8, r9, r13, r14, ..base })?;
         for _entry_then_exit in 0..2 {
             self.tracee.resume_to_syscall()?;
-            self.expect_syscall_stop()?;
+            self.expect_stop(Stop::Syscall)?;
         }
         let result = self.tracee.registers()?.rax;
         match failure(result as i64) {
@@ -408,20 +412,13 @@ impl<'t> Borrowed<'t> {
     fn wait_for_end(&self, arena: &Arena) -> Result<Vec<HostPid>> {
         let mut children = Vec::new();
         let mut stops_of_last_call = 0;
-        let done = arena.range.start.0 + done_offset();
-        let is_done = || Ok::<_, Error>(self.tracee.registers()?.rip == done);
         loop {
             match (self.tracee.wait()?, self.ending) {
                 (Stop::Signal(libc::SIGTRAP), Ending::Trap) => return Ok(children),
-                (Stop::Signal(signal), Ending::Signal(last)) if signal == last => {
-                    if is_done()? {
-                        return Ok(children);
-                    }
-                    // Somebody else's. The process ignores it.
-                    self.tracee.resume(0)?;
-                }
+                (Stop::Signal(signal), Ending::Signal(last)) if signal == last => return Ok(children),
                 (Stop::Syscall, Ending::Followed) => {
-                    stops_of_last_call += u32::from(is_done()?);
+                    let is_last = self.tracee.registers()?.rip == arena.range.start.0 + done_offset();
+                    stops_of_last_call += u32::from(is_last);
                     if stops_of_last_call == 2 {
                         return Ok(children);
                     }
@@ -453,17 +450,11 @@ impl<'t> Borrowed<'t> {
         }
     }
 
-    fn expect_syscall_stop(&self) -> Result<()> {
-        loop {
-            match self.tracee.wait()? {
-                Stop::Syscall => return Ok(()),
-                // One that the process ignores.
-                Stop::Signal(signal) if self.ending == Ending::Signal(signal) => {
-                    self.tracee.resume_to_syscall()?;
-                }
-                Stop::Gone(_) => return Err(Error::Gone(self.tracee.tid())),
-                stop => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
-            }
+    fn expect_stop(&self, expected: Stop) -> Result<()> {
+        match self.tracee.wait()? {
+            stop if stop == expected => Ok(()),
+            Stop::Gone(_) => Err(Error::Gone(self.tracee.tid())),
+            stop => Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),
         }
     }
 }

@@ -17,9 +17,9 @@
 //!
 //! - **Between two calls** a thread is stopped right after its last one, in front of the code that undoes it (`close`,
 //!   `munmap`) and leads back.
-//! - **At the end of a script** it sends itself a signal that the process ignores. A tracer is told of that, and keeps it
-//!   there; without one nothing comes of it, and the thread finds its way back. Where there is no such signal, the tracer
-//!   follows the script by the system-call stops of each of its calls.
+//! - **At the end of a script** it sends itself a signal that the process ignores, and unblocks it. A tracer is told of that,
+//!   and keeps it there; without one nothing comes of it, and the thread finds its way back. Where there is no such signal,
+//!   the tracer follows the script by the system-call stops of each of its calls.
 //! - **The leader** maps the arena and unmaps it. On its way back it waits until no other thread needs it any more, but not
 //!   forever: if pclive has died in the microsecond between noting that a thread will need it and letting it go, the arena
 //!   stays.
@@ -47,8 +47,10 @@ const HOP_WORDS: usize = 16;
 /// `nanosleep`, which may take the place of a call that the kernel is to restart.
 const PATIENCE: usize = 500;
 const PAUSE_NS: u64 = 200_000;
-/// The signals that a process without a handler for them ignores, apart from `SIGCONT`, which does more.
+/// The signals that do nothing to a process without a handler for them.
 const IGNORED: [i32; 3] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+/// Those that are taken back when `SIGCONT` is sent, which otherwise does nothing to a process that runs.
+const STOPPING: [i32; 4] = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
 
 // rbp = the record, all the way. Calls are entered with r14 = the call that undoes what it returns, or 0, and r13 = the
 // second argument of that.
@@ -372,10 +374,15 @@ fn file_size(image: &[u8]) -> Option<usize> {
     usize::try_from(end).ok().filter(|&end| end <= image.len())
 }
 
-/// A signal of which a thread without a tracer does not notice that it sends it to itself: there is no handler for it
-/// among `caught`, it is not `blocked`, and what is done without a handler is to ignore it.
-pub(super) fn unnoticed_signal(caught: u64, blocked: u64) -> Option<i32> {
-    IGNORED.into_iter().find(|signal| (caught | blocked) & 1 << (signal - 1) == 0)
+/// A signal that a thread can send to itself without noticing it, even if it blocks it: the process has no handler for it
+/// among those for the signals `caught`, and what is done without one is to ignore it. Nor is one among those that are
+/// `pending` for the thread, or for all of its process: it would be lost.
+pub(super) fn unnoticed_signal(caught: u64, pending: u64, pending_for_all: u64) -> Option<i32> {
+    let is_in = |mask: u64, signal: i32| mask & 1 << (signal - 1) != 0;
+    let is_free = |signal: &i32| !is_in(caught | pending, *signal);
+    let none_is_taken_back = !STOPPING.iter().any(|&signal| is_in(pending | pending_for_all, signal));
+    let continuing = Some(libc::SIGCONT).filter(|_| none_is_taken_back);
+    IGNORED.into_iter().chain(continuing).find(is_free)
 }
 
 #[cfg(test)]
@@ -416,10 +423,16 @@ mod tests {
     }
 
     #[test]
-    fn the_signal_is_one_that_is_neither_handled_nor_blocked() {
-        let bit = |signal: i32| 1u64 << (signal - 1);
-        assert_eq!(unnoticed_signal(0, 0), Some(libc::SIGURG));
-        assert_eq!(unnoticed_signal(bit(libc::SIGURG), bit(libc::SIGWINCH)), Some(libc::SIGCHLD));
-        assert_eq!(unnoticed_signal(0, u64::MAX), None);
+    fn the_signal_is_one_that_nobody_handles_or_waits_for() {
+        let bits = |signals: &[i32]| signals.iter().fold(0, |mask, signal| mask | 1u64 << (signal - 1));
+        assert_eq!(unnoticed_signal(0, 0, 0), Some(libc::SIGURG));
+        let pending_for_all = bits(&[libc::SIGURG]);
+        assert_eq!(unnoticed_signal(0, 0, pending_for_all), Some(libc::SIGURG), "its own comes first");
+        assert_eq!(unnoticed_signal(bits(&[libc::SIGURG]), bits(&[libc::SIGWINCH]), 0), Some(libc::SIGCHLD));
+        let ignored = bits(&IGNORED);
+        assert_eq!(unnoticed_signal(ignored, 0, 0), Some(libc::SIGCONT));
+        assert_eq!(unnoticed_signal(ignored, 0, bits(&[libc::SIGTSTP])), None);
+        assert_eq!(unnoticed_signal(ignored, bits(&[libc::SIGSTOP]), 0), None);
+        assert_eq!(unnoticed_signal(u64::MAX, 0, 0), None);
     }
 }
