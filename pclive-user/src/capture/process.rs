@@ -73,7 +73,7 @@ pub fn prepare_injection(
 ) -> Result<(Arc<ProcessMemory>, Footing), ProcessError> {
     let memory = Arc::new(ProcessMemory::open(pid)?);
     let footing = Footing::find(pid, memory.clone(), vdso.ok_or(ProcessError::NoVdso(pid))?)?;
-    if !footing.has_way_back() {
+    if footing.most_members().is_none() {
         tracing::debug!(
             "process {pid} dies if pclive is killed while it makes calls for it: its vDSO is full"
         );

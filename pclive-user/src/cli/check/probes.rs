@@ -1,5 +1,6 @@
 //! The questions that `pclive check` asks a host.
 
+use crate::capture::{process::prepare_injection, vmas::find_vdso};
 use crate::host::{accesses_all_memory, has_capability};
 use crate::track::{Tier, programs::ObserveError};
 use anyhow::{Context, Result, bail, ensure};
@@ -49,6 +50,11 @@ pub const PROBES: &[Probe] = &[
         "protected memory",
         "what a process has protected from itself would be lost (proc_mem.force_override, Linux 6.12)",
         protected_memory,
+    ),
+    want(
+        "room behind the vDSO",
+        "a process dies if pclive is killed while one of its threads makes calls for it",
+        way_back,
     ),
     want("tracker fentry", "the next tier is used; writes through get_user_pages show in scans only", fentry),
     want(
@@ -108,6 +114,14 @@ fn pagemap_scan() -> Result<String> {
     let page = PageRange::new(VirtAddr(0x1000), 1);
     Pagemap::open(own_pid())?.scan(page, Filter::default(), &mut Vec::new())?;
     Ok("scanned a page of pclive's own".into())
+}
+
+fn way_back() -> Result<String> {
+    let pid = own_pid();
+    let vdso = find_vdso(pid)?.context("this process has no vDSO")?;
+    let (_, footing) = prepare_injection(pid, Some(vdso))?;
+    let threads = footing.most_members().context("none")?;
+    Ok(format!("for {} threads at a time", threads + 1))
 }
 
 fn tier(tier: Tier) -> Result<String> {

@@ -8,8 +8,7 @@
 //! detaches the eBPF programs, and a [`LastWill`](pclive_sys::will) takes a socket that is just being read out of its
 //! mode, brings the links back, and only then thaws the container, which is frozen by its cgroup while the links are down.
 //! Just before the commit is sent the will is revoked: from then on the container stays as it is, for the operator to
-//! decide. Not covered are the microseconds in which a thread makes calls for pclive
-//! ([`pclive_sys::script::Borrowed`]).
+//! decide. A thread that makes calls for pclive just then finds its way back by itself ([`pclive_sys::script`]).
 
 mod container;
 mod freeze;

@@ -55,10 +55,10 @@ impl Footing {
         Self { caught, ..self }
     }
 
-    /// Whether threads find their way back. Otherwise who is killed by its trap if pclive dies while it makes a call: the
-    /// vDSO leaves no room.
-    pub fn has_way_back(&self) -> bool {
-        self.way_back.is_some()
+    /// Besides the leader, how many threads can find their way back at the same time. `None` if none can, nor the leader,
+    /// because the vDSO leaves no room: then whoever makes a call when pclive dies is killed by its trap.
+    pub fn most_members(&self) -> Option<usize> {
+        self.way_back.as_ref().map(WayBack::members)
     }
 
     pub(super) fn way_back(&self) -> Option<&WayBack> {
