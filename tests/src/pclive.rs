@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -115,6 +115,7 @@ impl Drop for Serve {
 #[derive(Debug)]
 pub struct Migrate {
     child: Child,
+    started: Instant,
     report: PathBuf,
     output: PathBuf,
 }
@@ -148,7 +149,8 @@ impl Migrate {
         let mut command = host.command(lab.programs().path("pclive")?);
         command.args(["migrate", container, "--insecure", "--to", &serve.to_string(), "--root"]);
         command.arg(host.runtime_root()).arg("--json").arg(&report).args(options);
-        Ok(Self { child: spawn(command, host, "migrate")?, report, output: host.logs().join("migrate") })
+        let child = spawn(command, host, "migrate")?;
+        Ok(Self { child, started: Instant::now(), report, output: host.logs().join("migrate") })
     }
 
     /// Sends it a signal.
@@ -166,6 +168,16 @@ impl Migrate {
         let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
         let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
         caught.is_none_or(|mask| mask & 1 << (signal as u32 - 1) != 0)
+    }
+
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// When it goes on for longer than a migration may take, or the kernel does not tell.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let has_ended = self.child.try_wait()?.is_some();
+        ensure!(has_ended || self.started.elapsed() < MIGRATE_TIMEOUT, "pclive migrate does not end");
+        Ok(has_ended)
     }
 
     /// What it has printed so far.

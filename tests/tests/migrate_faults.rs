@@ -47,29 +47,32 @@ impl Case {
         moment: Moment,
         fault: impl Fn(&Migrate, &mut Serve) -> Result<()>,
     ) -> Result<Outcome> {
-        let migrate = Migrate::start(&self.lab, self.lab.source(), &self.name, self.serve.address(), &[])?;
-        let logs =
-            || format!("migrate: {}\nserve: {}", migrate.output(), self.lab.destination().log("serve"));
-        self.wait_for(moment).with_context(logs)?;
+        let mut migrate =
+            Migrate::start(&self.lab, self.lab.source(), &self.name, self.serve.address(), &[])?;
+        if let Err(error) = self.wait_for(moment, &mut migrate) {
+            let serve = self.lab.destination().log("serve");
+            return Err(error.context(format!("migrate: {}\nserve: {serve}", migrate.output())));
+        }
         fault(&migrate, &mut self.serve)?;
         let outcome = migrate.wait()?;
         println!("{moment:?}: {:?}: {}", outcome.code, outcome.output.lines().last().unwrap_or_default());
         Ok(outcome)
     }
 
-    fn wait_for(&self, moment: Moment) -> Result<()> {
+    /// Waits for a moment of a migration, as long as it is under way.
+    fn wait_for(&self, moment: Moment, migrate: &mut Migrate) -> Result<()> {
         let delay = match moment {
             Start(delay) => delay,
             LinkDown(delay) => {
                 let routes = || fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
                 let netns = self.lab.source().container_netns(&self.name);
-                netns.enter(|| poll(|| !routes().contains("eth0")))??;
+                netns.enter(|| poll_during(migrate, || !routes().contains("eth0")))??;
                 delay
             }
             Commit => {
                 let is_unfinished = || self.lab.destination().is_unfinished(&self.name);
-                poll(is_unfinished)?;
-                poll(|| !is_unfinished())?;
+                poll_during(migrate, is_unfinished)?;
+                poll_during(migrate, || !is_unfinished())?;
                 0
             }
         };
@@ -127,13 +130,28 @@ impl Case {
     }
 }
 
+/// How often what is waited for is looked for: the blackout has but milliseconds.
+const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
+
 fn poll(is_so: impl Fn() -> bool) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     while !is_so() {
         ensure!(Instant::now() < end, "what was waited for did not happen");
-        sleep(Duration::from_micros(50));
+        sleep(BETWEEN_LOOKS);
     }
     Ok(())
+}
+
+/// As [`poll`], but as long as a migration goes on: on a busy machine its rounds take their time.
+fn poll_during(migrate: &mut Migrate, is_so: impl Fn() -> bool) -> Result<()> {
+    loop {
+        let has_ended = migrate.has_ended()?;
+        if is_so() {
+            return Ok(());
+        }
+        ensure!(!has_ended, "it ended before what was waited for happened");
+        sleep(BETWEEN_LOOKS);
+    }
 }
 
 #[test]
