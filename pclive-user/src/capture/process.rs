@@ -6,7 +6,9 @@ use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
-use pclive_sys::script::{Arena, Arg, Borrowed, CallRef, DataRef, Footing, Outcome, Script, run_all};
+use pclive_sys::script::{
+    Arena, Arg, Borrowed, CallRef, DataRef, Dispositions, Footing, Outcome, Script, run_all,
+};
 use pclive_wire::manifest::{
     Backing, FdEntry, ItimerSpec, MmBounds, PosixTimer, Process, ProcessState, SigAction, SpecialMapping,
     Thread, Vma,
@@ -162,7 +164,8 @@ pub fn capture_stopped(
     let pid = stopped.pid;
     let (memory, footing) = prepare_injection(pid, vdso(&layout.vmas))?;
     let leader = stopped.leader();
-    let footing = footing.with_caught(leader.status.caught);
+    let is_init = leader.ns_tid == NsPid(1);
+    let footing = footing.with_dispositions(Dispositions { caught: leader.status.caught, is_init });
     let Asked { timers, of_process, of_thread, answers } =
         Borrowed::lend(&leader.tracee, &footing, |borrowed| {
             borrowed.with_arena(ARENA_SIZE, |arena| Asked::ask(stopped, borrowed, arena))

@@ -327,8 +327,7 @@ impl Parked {
         let of_others = others.into_iter().map(of_other).collect::<Result<Vec<_>, ParkedError>>()?;
         let leader = Borrowed::new(&self.leader, self.syscall)?;
         let given = run_all(&self.arena, (&leader, &of_leader), &of_others);
-        leader.give_back()?;
-        given?;
+        leader.give_back_after(given)?;
         Ok(())
     }
 

@@ -67,6 +67,9 @@ pub enum Error {
         /// Why it stopped.
         stop: ptrace::Stop,
     },
+    /// It has not yet come back from what it did for a pclive that was killed.
+    #[error("thread {0} still comes back from calls for a pclive that was killed: try again")]
+    Returning(HostPid),
     /// A file under /proc could not be opened.
     #[error("cannot open {path}")]
     Open {

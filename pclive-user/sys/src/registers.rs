@@ -4,7 +4,10 @@ use pclive_wire::manifest::Registers;
 
 /// `ERESTARTSYS` … `ERESTART_RESTARTBLOCK`: kernel-internal results of an interrupted call (`include/linux/errno.h`),
 /// visible only to a tracer.
-const RESTART_CODES: [i64; 4] = [-512, -513, -514, RESTART_BLOCK];
+const RESTART_CODES: [i64; 4] = [-512, -513, NO_HANDLER, RESTART_BLOCK];
+/// `ERESTARTNOHAND`.
+const NO_HANDLER: i64 = -514;
+/// `ERESTART_RESTARTBLOCK`.
 const RESTART_BLOCK: i64 = -516;
 
 /// Registers with which a stopped thread, taken elsewhere, goes on as if it had never been stopped.
@@ -42,6 +45,12 @@ pub fn going_on(registers: Registers) -> Registers {
         _ => registers,
     };
     Registers { orig_rax: u64::MAX, ..registers }
+}
+
+/// Whether a stopped thread may have another signal mask for the time of a call (sigsuspend(2), ppoll(2) …): those calls are
+/// made again if no handler has run.
+pub fn may_wait_with_another_mask(registers: &Registers) -> bool {
+    registers.orig_rax as i64 >= 0 && registers.rax as i64 == NO_HANDLER
 }
 
 /// Bytes of a `struct rseq_cs` (uapi/linux/rseq.h).

@@ -7,7 +7,7 @@
 //! is named in the error.
 //!
 //! To wait for the stop costs more than all else. So scripts of several threads have each a place of its own in the arena,
-//! share the interpreter, and run side by side ([`run_all`]): the waiting is paid once.
+//! share the interpreter, and run side by side ([`run_all`]): the waiting is paid once, unless they must be followed.
 //!
 //! If pclive dies meanwhile, threads of a skeleton die with it, at the latest of the trap that ends their scripts. Threads of
 //! a container find their [way back](way_back).
@@ -28,7 +28,7 @@ mod sleeper;
 mod way_back;
 
 pub use borrowed::{Arena, Borrowed};
-pub use footing::{Footing, SyscallInstruction};
+pub use footing::{Dispositions, Footing, SyscallInstruction};
 pub use side_by_side::run_all;
 
 use pclive_wire::{HostPid, VirtAddr};

@@ -1,15 +1,16 @@
 //! Threads that lend themselves to injected calls, and the memory where their scripts are put.
 
 use super::footing::{Footing, SyscallInstruction};
-use super::way_back::{RECORD_SIZE, Track, WayBack, unnoticed_signal};
+use super::way_back::{RECORD_SIZE, Signals, Track, WayBack, unnoticed_signal};
 use super::{CALL_SIZE, Expect, HEADER_SIZE, Outcome, RESULT_OFFSET, Script, done_offset, interpreter};
 use crate::mem::ProcessMemory;
 use crate::ptrace::{Stop, Tracee};
-use crate::registers::going_on;
+use crate::registers::{going_on, may_wait_with_another_mask};
 use crate::{Error, Result};
 use nix::errno::Errno;
 use pclive_wire::manifest::Registers;
 use pclive_wire::{HostPid, PageRange, VirtAddr};
+use std::cell::Cell;
 
 /// Above the lowest addresses and below where programs and libraries are usually mapped.
 const LOW: VirtAddr = VirtAddr(0x20_0000);
@@ -88,6 +89,8 @@ pub struct Borrowed<'t> {
     mask: u64,
     ground: Ground<'t>,
     ending: Ending,
+    /// Whether it has mapped an arena, which it would have to unmap on its way back.
+    has_arena: Cell<bool>,
 }
 
 /// Where a borrowed thread makes its calls from.
@@ -155,15 +158,22 @@ impl<'t> Borrowed<'t> {
 
     /// Borrows a thread of a skeleton that is in a ptrace stop.
     pub fn new(tracee: &'t Tracee, syscall: SyscallInstruction) -> Result<Self> {
-        let (registers, mask) = (tracee.registers()?, tracee.signal_mask()?);
+        Self::bare(tracee, tracee.registers()?, syscall)
+    }
+
+    fn bare(tracee: &'t Tracee, registers: Registers, syscall: SyscallInstruction) -> Result<Self> {
+        let mask = tracee.signal_mask()?;
         let (ground, ending) = (Ground::Bare(syscall), Ending::Trap);
         tracee.set_signal_mask(ending.mask())?;
-        Ok(Self { tracee, registers, mask, ground, ending })
+        Ok(Self { tracee, registers, mask, ground, ending, has_arena: Cell::new(false) })
     }
 
     fn leader(tracee: &'t Tracee, footing: &'t Footing) -> Result<Self> {
-        let Some(way_back) = footing.way_back() else { return Self::new(tracee, footing.syscall()) };
-        let (registers, mask) = (footing.registers_of(tracee)?, tracee.signal_mask()?);
+        let registers = footing.registers_of(tracee)?;
+        let Some(way_back) = footing.way_back() else {
+            return Self::bare(tracee, registers, footing.syscall());
+        };
+        let mask = tracee.signal_mask()?;
         let track = way_back.lay(&going_on(registers), mask)?;
         Self::enter(tracee, (registers, mask), (footing, way_back, track))
     }
@@ -190,13 +200,24 @@ impl<'t> Borrowed<'t> {
         (registers, mask): (Registers, u64),
         (footing, way_back, track): (&'t Footing, &'t WayBack, Track),
     ) -> Result<Self> {
-        let [own, of_all] = [tracee.pending_mask(false)?, tracee.pending_mask(true)?];
-        let signal = unnoticed_signal(footing.caught(), own, of_all);
-        let ending = signal.map_or(Ending::Followed, Ending::Signal);
+        let signals = Signals {
+            of_process: footing.dispositions(),
+            blocked: mask,
+            pending: tracee.pending_mask(false)?,
+            pending_for_all: tracee.pending_mask(true)?,
+        };
+        let ending = unnoticed_signal(signals).map_or(Ending::Followed, Ending::Signal);
         let ground = Ground::Safe { footing, way_back, track };
-        let borrowed = Self { tracee, registers, mask, ground, ending };
-        let entered = borrowed.stand_at(way_back.back()).and_then(|()| tracee.set_signal_mask(ending.mask()));
-        if let Err(error) = entered {
+        let borrowed = Self { tracee, registers, mask, ground, ending, has_arena: Cell::new(false) };
+        let enter = || {
+            if may_wait_with_another_mask(&registers) {
+                // From here on the kernel would not restore it, but make the call again, which takes it anew.
+                tracee.set_signal_mask(mask)?;
+            }
+            borrowed.stand_at(way_back.back())?;
+            tracee.set_signal_mask(ending.mask())
+        };
+        if let Err(error) = enter() {
             // It is gone, and the arena is not kept for it.
             let _ = borrowed.give_back();
             return Err(error);
@@ -219,6 +240,11 @@ impl<'t> Borrowed<'t> {
             Ground::Safe { track, .. } => track.record.0,
         };
         Registers { rip: rip.0, rbp, orig_rax: u64::MAX, ..self.registers }
+    }
+
+    /// Where its way back begins.
+    fn way_out(&self, way_back: &WayBack) -> VirtAddr {
+        if self.has_arena.get() { way_back.leave() } else { way_back.back() }
     }
 
     fn stand_at(&self, rip: VirtAddr) -> Result<()> {
@@ -249,22 +275,18 @@ impl<'t> Borrowed<'t> {
         let mut all = [0; 6];
         all[..N].copy_from_slice(&args);
         let [rdi, rsi, rdx, r10, r8, r9] = all;
-        let call = match self.ground {
-            Ground::Bare(syscall) => syscall.0,
-            Ground::Safe { way_back, .. } => way_back.call(),
+        let (call, r12) = match self.ground {
+            Ground::Bare(syscall) => (syscall.0, 0),
+            Ground::Safe { way_back, .. } => (way_back.call(), self.way_out(way_back).0),
         };
         let (r14, r13) = match undo {
             Undo::Nothing => (0, 0),
             Undo::Close => (libc::SYS_close, 0),
             Undo::Unmap(len) => (libc::SYS_munmap, len),
         };
-        if let Ending::Signal(_) = self.ending {
-            // A script before this call has unblocked it.
-            self.tracee.set_signal_mask(self.ending.mask())?;
-        }
         let rax = number as u64;
         let (r14, base) = (r14 as u64, self.registers_at(call));
-        self.tracee.set_registers(&Registers { rax, rdi, rsi, rdx, r10, r8, r9, r13, r14, ..base })?;
+        self.tracee.set_registers(&Registers { rax, rdi, rsi, rdx, r10, r8, r9, r12, r13, r14, ..base })?;
         for _entry_then_exit in 0..2 {
             self.tracee.resume_to_syscall()?;
             self.expect_stop(Stop::Syscall)?;
@@ -290,7 +312,8 @@ impl<'t> Borrowed<'t> {
         if let Ground::Safe { way_back, .. } = self.ground {
             // What undoes the call does not wait until other threads have left.
             way_back.note_arena(arena.range)?;
-            self.stand_at(way_back.leave())?;
+            self.has_arena.set(true);
+            self.stand_at(self.way_out(way_back))?;
         }
         arena.memory.write(base, interpreter())?;
         Ok(arena)
@@ -309,6 +332,7 @@ impl<'t> Borrowed<'t> {
 
     /// Unmaps an arena.
     pub fn unmap_arena(&self, arena: Arena) -> Result<()> {
+        self.has_arena.set(false);
         self.unmap(arena.range)
     }
 
@@ -347,31 +371,39 @@ impl<'t> Borrowed<'t> {
     ) -> Result<Running<'s>> {
         let data = place.text();
         arena.memory.write(data, &script.assemble(data))?;
-        let way_back = match self.ground {
+        let way_out = match self.ground {
             Ground::Bare(_) => VirtAddr(0),
-            Ground::Safe { way_back, track, .. } if track.is_leader() => way_back.leave(),
-            Ground::Safe { way_back, .. } => way_back.back(),
+            Ground::Safe { way_back, .. } => self.way_out(way_back),
         };
         self.tracee.set_registers(&Registers {
             rbx: data.0 + script.calls_offset() as u64,
             r12: script.calls.len() as u64,
             r13: data.0,
-            r14: way_back.0,
+            r14: way_out.0,
             r15: self.ending.argument(),
             rsp: place.end.0,
             ..self.registers_at(arena.range.start)
         })?;
-        match self.ending {
-            Ending::Followed => self.tracee.resume_to_syscall()?,
-            Ending::Trap | Ending::Signal(_) => self.tracee.resume(0)?,
-        }
+        self.go_on()?;
         Ok(Running { arena, place, script })
     }
 
     /// Waits for the end of a script that was started. The thread is stopped or gone afterwards, also if this fails.
     pub(super) fn finish(&self, running: Running<'_>) -> Result<Outcome> {
         let children = self.wait_for_end(running.arena)?;
+        if let Ending::Signal(_) = self.ending {
+            // The script has unblocked it.
+            self.tracee.set_signal_mask(self.ending.mask())?;
+        }
         self.outcome(running, children)
+    }
+
+    /// Lets a thread go on with a script.
+    fn go_on(&self) -> Result<()> {
+        match self.ending {
+            Ending::Followed => self.tracee.resume_to_syscall(),
+            Ending::Trap | Ending::Signal(_) => self.tracee.resume(0),
+        }
     }
 
     /// What a script has left behind that has come to its end.
@@ -392,8 +424,12 @@ impl<'t> Borrowed<'t> {
     }
 
     /// Gives the thread its signal mask and its registers back, in this order: as long as it does not have these, it finds
-    /// its way back. It stays stopped.
+    /// its way back, and already with its own stack. It stays stopped.
     pub fn give_back(self) -> Result<()> {
+        if let Ground::Safe { way_back, .. } = self.ground {
+            // What fails here fails below, too.
+            let _ = self.stand_at(way_back.back());
+        }
         let mask = self.tracee.set_signal_mask(self.mask);
         let registers = self.tracee.set_registers(&self.registers);
         let cleared = match self.ground {
@@ -404,7 +440,7 @@ impl<'t> Borrowed<'t> {
     }
 
     /// Gives the thread back after an errand, whether or not that has succeeded.
-    pub(super) fn give_back_after<T, E: From<Error>>(self, done: Result<T, E>) -> Result<T, E> {
+    pub fn give_back_after<T, E: From<Error>>(self, done: Result<T, E>) -> Result<T, E> {
         first_failure(done, self.give_back())
     }
 
@@ -412,17 +448,20 @@ impl<'t> Borrowed<'t> {
     fn wait_for_end(&self, arena: &Arena) -> Result<Vec<HostPid>> {
         let mut children = Vec::new();
         let mut stops_of_last_call = 0;
+        let done = arena.range.start.0 + done_offset();
+        let is_done = || Ok::<_, Error>(self.tracee.registers()?.rip == done);
         loop {
             match (self.tracee.wait()?, self.ending) {
                 (Stop::Signal(libc::SIGTRAP), Ending::Trap) => return Ok(children),
-                (Stop::Signal(signal), Ending::Signal(last)) if signal == last => return Ok(children),
+                (Stop::Signal(signal), Ending::Signal(last)) if signal == last && is_done()? => {
+                    return Ok(children);
+                }
                 (Stop::Syscall, Ending::Followed) => {
-                    let is_last = self.tracee.registers()?.rip == arena.range.start.0 + done_offset();
-                    stops_of_last_call += u32::from(is_last);
+                    stops_of_last_call += u32::from(is_done()?);
                     if stops_of_last_call == 2 {
                         return Ok(children);
                     }
-                    self.tracee.resume_to_syscall()?;
+                    self.go_on()?;
                 }
                 (
                     Stop::Event(
@@ -431,7 +470,7 @@ impl<'t> Borrowed<'t> {
                     _,
                 ) => {
                     children.push(HostPid(self.tracee.event_message()? as i32));
-                    self.tracee.resume(0)?;
+                    self.go_on()?;
                 }
                 (Stop::Gone(_), _) => return Err(Error::Gone(self.tracee.tid())),
                 (stop, _) => return Err(Error::UnexpectedStop { tid: self.tracee.tid(), stop }),

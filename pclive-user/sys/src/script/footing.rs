@@ -38,7 +38,23 @@ pub struct Footing {
     memory: Arc<ProcessMemory>,
     syscall: SyscallInstruction,
     way_back: Option<WayBack>,
-    caught: u64,
+    dispositions: Dispositions,
+}
+
+/// What a process does with signals.
+#[derive(Clone, Copy, Debug)]
+pub struct Dispositions {
+    /// It has handlers for these.
+    pub caught: u64,
+    /// It is the first process of its pid namespace.
+    pub is_init: bool,
+}
+
+impl Default for Dispositions {
+    /// Nothing is known: all may be handled.
+    fn default() -> Self {
+        Self { caught: u64::MAX, is_init: false }
+    }
 }
 
 impl Footing {
@@ -47,12 +63,12 @@ impl Footing {
         let image = read(&memory, vdso)?;
         let syscall = SyscallInstruction::find_in(pid, vdso, &image)?;
         let way_back = WayBack::find(memory.clone(), vdso, &image);
-        Ok(Self { memory, syscall, way_back, caught: u64::MAX })
+        Ok(Self { memory, syscall, way_back, dispositions: Dispositions::default() })
     }
 
-    /// Which signals the process has handlers for: until that is known, all may be handled, and scripts are slower.
-    pub fn with_caught(self, caught: u64) -> Self {
-        Self { caught, ..self }
+    /// What the process does with signals: until that is known, scripts are much slower.
+    pub fn with_dispositions(self, dispositions: Dispositions) -> Self {
+        Self { dispositions, ..self }
     }
 
     /// Besides the leader, how many threads can find their way back at the same time. `None` if none can, nor the leader,
@@ -69,13 +85,18 @@ impl Footing {
         self.syscall
     }
 
-    pub(super) fn caught(&self) -> u64 {
-        self.caught
+    pub(super) fn dispositions(&self) -> Dispositions {
+        self.dispositions
     }
 
     /// Registers with which a stopped thread goes on after it has done something else.
+    ///
+    /// [`Error::Returning`] if it does so just now.
     pub(super) fn registers_of(&self, tracee: &Tracee) -> Result<Registers> {
         let registers = tracee.registers()?;
+        if self.way_back.as_ref().is_some_and(|way_back| way_back.is_taken_by(&registers)) {
+            return Err(Error::Returning(tracee.tid()));
+        }
         // Kernels before 5.13 do not tell, and what cannot be read is nothing that the thread is in.
         let Ok(Some(rseq)) = tracee.rseq() else { return Ok(registers) };
         let mut section = [0; 8];
@@ -96,7 +117,7 @@ const RSEQ_CS_OFFSET: u64 = 8;
 mod tests {
     use super::super::Borrowed;
     use super::super::killed::Fork;
-    use super::super::sleeper::{footing_of, stop};
+    use super::super::sleeper::{NOTHING_CAUGHT, footing_of, stop};
     use crate::ptrace::Seize;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::{Duration, Instant};
@@ -154,7 +175,7 @@ mod tests {
         for _ in 0..10 {
             let tracee = stop(process.pid, Seize::Source);
             let count = aborted.load(Ordering::Relaxed);
-            Borrowed::lend(&tracee, &footing_of(process.pid, 0), |borrowed| {
+            Borrowed::lend(&tracee, &footing_of(process.pid, NOTHING_CAUGHT), |borrowed| {
                 borrowed.call("getpid", libc::SYS_getpid, []).map(drop)
             })
             .unwrap();

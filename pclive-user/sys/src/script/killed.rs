@@ -1,12 +1,17 @@
 //! What becomes of a process while its tracer is killed, again and again, whatever it does with it just then.
 
-use super::sleeper::{footing_of, stop};
-use super::{Arg, Borrowed, Script, run_all};
+use super::sleeper::{NOTHING_CAUGHT, footing_of, stop};
+use super::{Arg, Borrowed, Dispositions, Script, run_all};
 use crate::Result;
 use crate::ptrace::{Seize, Tracee};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use pclive_wire::HostPid;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::{Child, Command, abort};
 use std::time::{Duration, Instant};
 
 /// What the victim ends with when it finds that something has been changed.
@@ -26,19 +31,35 @@ impl Fork {
         // glibc's fork sees to, and takes no other lock that another thread could have held.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
-            life();
+            // A panic must not go on into what this is a copy of.
+            let _ = catch_unwind(AssertUnwindSafe(life));
             exit();
         }
         assert!(pid > 0, "fork");
         Self { pid: HostPid(pid) }
     }
 
-    /// How it has ended, as `wait(2)` gives it, if it has.
-    fn ended(&self) -> Option<i32> {
-        let mut status = 0;
-        // SAFETY: `status` is a valid place for the result.
-        let ended = unsafe { libc::waitpid(self.pid.0, &mut status, libc::WNOHANG) };
-        (ended != 0).then_some(status)
+    /// How it has ended, if it has. It keeps its id until this is dropped.
+    fn ended(&self) -> Option<WaitStatus> {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let status = waitid(Id::Pid(Pid::from_raw(self.pid.0)), flags).unwrap();
+        Some(status).filter(|status| *status != WaitStatus::StillAlive)
+    }
+
+    fn wait(&self) -> WaitStatus {
+        loop {
+            match self.ended() {
+                Some(status) => return status,
+                None => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Kills it. How it has ended.
+    fn kill(self) -> WaitStatus {
+        // SAFETY: takes two integers; the child keeps its id until it is dropped.
+        unsafe { libc::kill(self.pid.0, libc::SIGKILL) };
+        self.wait()
     }
 }
 
@@ -148,6 +169,20 @@ fn watch_registers(sleeping: bool) -> ! {
     }
 }
 
+/// Has a handler run every millisecond, in the threads that do not block its signal. The calling thread does.
+fn have_signals_handled() {
+    extern "C" fn nothing(_: i32) {}
+    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+    SigSet::from(Signal::SIGALRM).thread_block().unwrap();
+    let millisecond = libc::timeval { tv_sec: 0, tv_usec: 1000 };
+    let often = libc::itimerval { it_interval: millisecond, it_value: millisecond };
+    // SAFETY: the handler does nothing; setitimer reads a value that lives on.
+    unsafe {
+        sigaction(Signal::SIGALRM, &action).unwrap();
+        assert_eq!(libc::setitimer(libc::ITIMER_REAL, &raw const often, std::ptr::null_mut()), 0);
+    }
+}
+
 /// What the victim's leader does.
 #[derive(Clone, Copy, Debug)]
 enum Leader {
@@ -159,7 +194,8 @@ enum Leader {
     Sleeps,
 }
 
-/// A process with three threads that notices what is done to it.
+/// A process with three threads that notices what is done to it. One of them spins and handles signals meanwhile, one sleeps
+/// and has blocked all.
 struct Victim {
     process: Fork,
     voice: File,
@@ -172,9 +208,15 @@ impl Victim {
         let ((heard, voice), (ear, said)) = (nix::unistd::pipe().unwrap(), nix::unistd::pipe().unwrap());
         let (mut heard, mut said) = (File::from(heard), File::from(said));
         let process = Fork::new(|| {
+            have_signals_handled();
             for sleeping in [false, true] {
                 let said = said.try_clone().unwrap();
                 std::thread::spawn(move || {
+                    if sleeping {
+                        SigSet::all().thread_block().unwrap();
+                    } else {
+                        SigSet::from(Signal::SIGALRM).thread_unblock().unwrap();
+                    }
                     nix::unistd::write(&said, b"x").unwrap();
                     watch_registers(sleeping)
                 });
@@ -208,7 +250,7 @@ impl Victim {
 
     /// What is not to change: mappings, descriptors, and of each thread its blocked and pending signals and that it runs.
     fn look(&self) -> Vec<String> {
-        const OF_THREAD: [&str; 4] = ["SigBlk", "SigPnd", "ShdPnd", "TracerPid"];
+        const OF_THREAD: [&str; 3] = ["SigBlk", "SigPnd", "TracerPid"];
         let pid = self.process.pid;
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         let mut seen: Vec<String> = maps.lines().map(str::to_owned).collect();
@@ -226,6 +268,7 @@ impl Victim {
     /// Waits until it is as it was. Whether it is, but for an arena that has stayed.
     fn check(&mut self, leader: Leader) -> bool {
         let end = Instant::now() + PATIENCE;
+        let mut had_arena = false;
         loop {
             assert_eq!(self.process.ended(), None, "the victim has ended");
             let now = self.look();
@@ -236,13 +279,13 @@ impl Victim {
             if new.is_empty() && gone.is_empty() {
                 break;
             }
-            if gone.is_empty()
-                && new.iter().all(|line| line.contains("rwxp"))
-                && Instant::now() + PATIENCE / 2 > end
-            {
+            // Whether the leader is back, who unmaps it, is looked for after the mappings are.
+            let has_arena = gone.is_empty() && new.iter().all(|line| line.contains("rwxp"));
+            if has_arena && had_arena {
                 self.before = now;
                 return false;
             }
+            had_arena = has_arena;
             assert!(Instant::now() < end, "it has {new:#?} instead of {gone:#?}");
             std::thread::yield_now();
         }
@@ -256,15 +299,15 @@ impl Victim {
     /// What pclive does to attach.
     fn have_a_descriptor_opened(&self) -> Result<()> {
         let leader = stop(self.process.pid, Seize::Source);
-        Borrowed::lend(&leader, &footing_of(self.process.pid, 0), |borrowed| {
+        Borrowed::lend(&leader, &footing_of(self.process.pid, NOTHING_CAUGHT), |borrowed| {
             let fd = borrowed.open("eventfd2", libc::SYS_eventfd2, [0, 0])?;
             borrowed.call("close", libc::SYS_close, [fd as u64])
         })?;
         leader.detach()
     }
 
-    /// What it does to ask all threads.
-    fn run_scripts(&self, caught: u64) -> Result<()> {
+    /// What it does to ask all threads, and what it has in the end: the threads, which still stand still.
+    fn run_scripts(&self, dispositions: Dispositions) -> Result<Vec<Tracee>> {
         let tracees: Vec<Tracee> = self.tids().into_iter().map(|tid| stop(tid, Seize::Source)).collect();
         let mut script = Script::new();
         let room = script.room(24);
@@ -273,17 +316,17 @@ impl Victim {
             script.call("sigaltstack", libc::SYS_sigaltstack, args);
         }
         let members: Vec<_> = tracees[1..].iter().map(|tracee| (tracee, &script)).collect();
-        Borrowed::lend(&tracees[0], &footing_of(self.process.pid, caught), |leader| {
+        Borrowed::lend(&tracees[0], &footing_of(self.process.pid, dispositions), |leader| {
             leader.with_arena(1 << 16, |arena| run_all(arena, (leader, &script), &members).map(drop))
         })?;
-        tracees.into_iter().try_for_each(Tracee::detach)
+        Ok(tracees)
     }
 }
 
 /// Has a process do `work` with a victim again and again until it is killed, after ever other times.
 fn kill_again_and_again(leader: Leader, work: impl Fn(&Victim) -> Result<()>) {
     const TIMES: u32 = 150;
-    /// Longer than the work takes, and with no part in common with it.
+    /// That often it is longer than the work takes.
     const STEP: Duration = Duration::from_nanos(8_767);
     let mut victim = Victim::start(leader);
     let mut arenas_left = 0;
@@ -298,10 +341,14 @@ fn kill_again_and_again(leader: Leader, work: impl Fn(&Victim) -> Result<()>) {
         while start.elapsed() < i * STEP {
             std::hint::spin_loop();
         }
-        drop(tracer);
+        assert!(matches!(tracer.kill(), WaitStatus::Signaled(_, Signal::SIGKILL, _)), "its work has failed");
         arenas_left += u32::from(!victim.check(leader));
     }
     assert!(arenas_left < TIMES / 20, "of {TIMES} times an arena has stayed {arenas_left} times");
+}
+
+fn let_go(tracees: Vec<Tracee>) -> Result<()> {
+    tracees.into_iter().try_for_each(Tracee::detach)
 }
 
 #[test]
@@ -314,28 +361,83 @@ fn a_process_in_which_descriptors_are_opened() {
 #[test]
 fn a_process_whose_threads_run_scripts() {
     for leader in [Leader::Echoes, Leader::Spins, Leader::Sleeps] {
-        kill_again_and_again(leader, |victim| victim.run_scripts(0));
+        kill_again_and_again(leader, |victim| let_go(victim.run_scripts(NOTHING_CAUGHT)?));
     }
 }
 
 #[test]
 fn a_process_whose_scripts_are_followed() {
-    kill_again_and_again(Leader::Echoes, |victim| victim.run_scripts(u64::MAX));
+    kill_again_and_again(Leader::Echoes, |victim| let_go(victim.run_scripts(Dispositions::default())?));
 }
 
 #[test]
 fn what_was_left_behind_does_not_prevent_the_next_time() {
     let mut victim = Victim::start(Leader::Echoes);
-    let footing = footing_of(victim.process.pid, 0);
+    let footing = footing_of(victim.process.pid, NOTHING_CAUGHT);
     let tracer = Fork::new(|| {
         let leader = stop(victim.process.pid, Seize::Source);
         let killed = Borrowed::lend(&leader, &footing, |_| -> Result<()> { exit() });
         killed.unwrap();
     });
-    while tracer.ended().is_none() {
+    tracer.wait();
+    assert!(victim.check(Leader::Echoes));
+    let_go(victim.run_scripts(NOTHING_CAUGHT).unwrap()).unwrap();
+    assert!(victim.check(Leader::Echoes));
+}
+
+#[test]
+fn a_process_that_has_been_given_back_but_not_let_go() {
+    let mut victim = Victim::start(Leader::Echoes);
+    let tracer = Fork::new(|| {
+        let _standing_still = victim.run_scripts(NOTHING_CAUGHT).unwrap();
+    });
+    tracer.wait();
+    assert!(victim.check(Leader::Echoes));
+}
+
+#[test]
+fn the_init_of_a_container_that_handles_most_signals_is_not_stopped_by_its_own() {
+    let mut command = Command::new("unshare");
+    let unshare = command.args(["--pid", "--fork", "--kill-child", "sleep", "1000"]).spawn();
+    let (unshare, end) = (KilledInTheEnd(unshare.unwrap()), Instant::now() + PATIENCE);
+    let children = format!("/proc/{0}/task/{0}/children", unshare.0.id());
+    let read = |path: String| fs::read_to_string(path).unwrap_or_default();
+    let sleeps = |init: &i32| read(format!("/proc/{init}/syscall")).starts_with("230 ");
+    let init = loop {
+        if let Some(init) = read(children.clone()).trim().parse().ok().filter(sleeps) {
+            break HostPid(init);
+        }
+        assert!(Instant::now() < end, "it does not start");
+        std::thread::yield_now();
+    };
+    let dispositions = Dispositions { caught: !(1 << (libc::SIGTTIN - 1)), is_init: true };
+    let tracer = Fork::new(|| {
+        let tracee = stop(init, Seize::Source);
+        let mut script = Script::new();
+        script.call("getpid", libc::SYS_getpid, []);
+        let killed = Borrowed::lend(&tracee, &footing_of(init, dispositions), |borrowed| -> Result<()> {
+            borrowed.with_arena(1 << 16, |arena| {
+                borrowed.run(arena, &script)?;
+                abort()
+            })
+        });
+        killed.unwrap();
+    });
+    assert!(matches!(tracer.wait(), WaitStatus::Signaled(_, Signal::SIGABRT, _)), "the script has failed");
+    let status = || read(format!("/proc/{init}/status"));
+    while !status().contains("State:\tS") {
+        assert!(Instant::now() < end, "{}", status());
         std::thread::yield_now();
     }
-    assert!(victim.check(Leader::Echoes));
-    victim.run_scripts(0).unwrap();
-    assert!(victim.check(Leader::Echoes));
+    assert!(!read(format!("/proc/{init}/maps")).contains("rwxp"));
+}
+
+struct KilledInTheEnd(Child);
+
+impl Drop for KilledInTheEnd {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

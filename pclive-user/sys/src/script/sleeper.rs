@@ -1,6 +1,6 @@
 //! Processes in which the tests of scripts run them.
 
-use super::{Arena, Borrowed, Footing, Outcome, Script, SyscallInstruction, run_all};
+use super::{Arena, Borrowed, Dispositions, Footing, Outcome, Script, SyscallInstruction, run_all};
 use crate::mem::ProcessMemory;
 use crate::ptrace::{Seize, Stop, Tracee, kill_all};
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ impl Sleeper {
 
     /// Those where scripts end by a signal, and where they must be followed.
     fn footings(&self) -> [Footing; 2] {
-        [0, u64::MAX].map(|caught| footing_of(self.pid(), caught))
+        [NOTHING_CAUGHT, Dispositions::default()].map(|dispositions| footing_of(self.pid(), dispositions))
     }
 
     fn vdso_image(&self) -> Vec<u8> {
@@ -71,12 +71,14 @@ fn vdso_of(pid: HostPid) -> PageRange {
     PageRange::between(addr(start), addr(end))
 }
 
-/// That of a process that handles these signals.
-pub fn footing_of(pid: HostPid, caught: u64) -> Footing {
+pub const NOTHING_CAUGHT: Dispositions = Dispositions { caught: 0, is_init: false };
+
+/// That of a process that does this with signals.
+pub fn footing_of(pid: HostPid, dispositions: Dispositions) -> Footing {
     let memory = Arc::new(ProcessMemory::open(pid).unwrap());
     let footing = Footing::find(pid, memory, vdso_of(pid)).unwrap();
     assert!(footing.most_members().is_some());
-    footing.with_caught(caught)
+    footing.with_dispositions(dispositions)
 }
 
 /// Attaches to a thread and stops it.
@@ -154,7 +156,8 @@ impl Team {
         assert_eq!(tracees.len(), size);
         for (i, tracee) in tracees.iter().enumerate() {
             let registers = tracee.registers().unwrap();
-            tracee.set_registers(&Registers { r15: i as u64, ..registers }).unwrap();
+            // Threads begin where the script has made them. They are elsewhere now, and never go on from there.
+            tracee.set_registers(&Registers { r15: i as u64, rip: 0x1000, ..registers }).unwrap();
             tracee.set_signal_mask(1 << (libc::SIGRTMIN() as usize + i % 30 - 1)).unwrap();
         }
         let before = tracees.iter().map(standing).collect();

@@ -21,16 +21,21 @@
 //!   and keeps it there; without one nothing comes of it, and the thread finds its way back. Where there is no such signal,
 //!   the tracer follows the script by the system-call stops of each of its calls.
 //! - **The leader** maps the arena and unmaps it. On its way back it waits until no other thread needs it any more, but not
-//!   forever: if pclive has died in the microsecond between noting that a thread will need it and letting it go, the arena
-//!   stays.
-//!
-//! Signals are all blocked on the way, but for the moment before they first are, when the thread has its own stack pointer.
+//!   forever. The arena stays if pclive has died in the microsecond between noting that a thread will need it and letting it
+//!   go, or between taking it back and noting that; if a thread does not come to run for long; and in a child that a thread
+//!   which is free already forks before.
+//! - **Signals** are all blocked on the way, but for the moment before they first are, when the thread has its own stack
+//!   pointer. What the way back cannot restore is when a signal comes: one that comes while a thread is borrowed is handled
+//!   before the call in which it was stopped is made again, which without pclive may have failed with `EINTR`.
+//! - **Another pclive** finds what a killed one has left, and leaves it as it was: threads may still be on it. A thread that
+//!   is cannot be borrowed.
 
 use super::borrowed::Place;
+use super::footing::Dispositions;
 use crate::Result;
 use crate::mem::ProcessMemory;
 use pclive_wire::manifest::Registers;
-use pclive_wire::{PageRange, VirtAddr};
+use pclive_wire::{PAGE_SIZE, PageRange, VirtAddr};
 use std::sync::Arc;
 
 /// Threads that may need an arena at the same time, besides the leader.
@@ -49,11 +54,12 @@ const PATIENCE: usize = 500;
 const PAUSE_NS: u64 = 200_000;
 /// The signals that do nothing to a process without a handler for them.
 const IGNORED: [i32; 3] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
-/// Those that are taken back when `SIGCONT` is sent, which otherwise does nothing to a process that runs.
-const STOPPING: [i32; 4] = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+/// What the first process of a pid namespace ignores, too, as everything that it has no handler for (`SIGNAL_UNKILLABLE`). It
+/// takes back a `SIGCONT` that is pending.
+const IGNORED_BY_INIT: i32 = libc::SIGTTIN;
 
-// rbp = the record, all the way. Calls are entered with r14 = the call that undoes what it returns, or 0, and r13 = the
-// second argument of that.
+// rbp = the record, all the way. Calls are entered with r14 = the call that undoes what it returns, or 0, r13 = the second
+// argument of that, and r12 = where the way back begins then.
 std::arch::global_asm!(
     r#"
     .pushsection .rodata.pclive_way_back,"a",@progbits
@@ -68,14 +74,14 @@ std::arch::global_asm!(
 pclive_way_back_start:
     syscall
     test r14, r14
-    jz pclive_way_back_back
+    jz 1f
     cmp rax, -4095
-    jae pclive_way_back_back
+    jae 1f
     mov rdi, rax
     mov rsi, r13
     mov rax, r14
     syscall
-    jmp pclive_way_back_back
+1:  jmp r12
 
 pclive_way_back_leave:
     mov ebx, {patience}
@@ -194,12 +200,15 @@ fn hop_code() -> (&'static [u8], u64) {
 #[derive(Debug)]
 pub struct WayBack {
     memory: Arc<ProcessMemory>,
-    /// Nobody uses it.
-    room: Room,
+    gap: Gap,
+    /// What is there otherwise.
+    before: Vec<u8>,
 }
 
+/// Room that nobody uses.
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Room {
+struct Gap {
     start: VirtAddr,
     /// The leader's is the first.
     hops: usize,
@@ -221,44 +230,57 @@ impl Track {
 }
 
 impl WayBack {
-    /// Finds room behind the end of the vDSO's file, of which `image` is all that is mapped at `vdso`. `None` if there is
-    /// not enough for a leader and one other thread.
+    /// Finds the gap behind the end of the vDSO's file, of which `image` is all that is mapped at `vdso`. `None` if there is not
+    /// enough room for a leader and one other thread, or it is not empty: apart from what a pclive like this one has left.
     pub(super) fn find(memory: Arc<ProcessMemory>, vdso: PageRange, image: &[u8]) -> Option<Self> {
-        let room = Room::find(vdso, image)?;
-        Some(Self { memory, room })
+        let gap = Gap::find(vdso, image)?;
+        let before = image[(gap.start.0 - vdso.start.0) as usize..][..gap.size()].to_vec();
+        let is_ours = before.starts_with(code().0) || before.iter().all(|&byte| byte == 0);
+        is_ours.then_some(Self { memory, gap, before })
+    }
+
+    /// Whether a thread with these registers is just coming back from calls for a pclive that was killed.
+    pub(super) fn is_taken_by(&self, registers: &Registers) -> bool {
+        let is_within = |start: u64, size: usize| registers.rip.wrapping_sub(start) < size as u64;
+        let (interpreter, page) = (super::interpreter(), registers.rip / PAGE_SIZE * PAGE_SIZE);
+        let mut there = vec![0; interpreter.len()];
+        is_within(self.gap.start.0, self.gap.size())
+            || is_within(page, interpreter.len())
+                && self.memory.read(VirtAddr(page), &mut there).is_ok()
+                && there == interpreter
     }
 
     /// Threads besides the leader that can be borrowed at the same time.
     pub(super) fn members(&self) -> usize {
-        (self.room.hops - 1).min(ENTRIES)
+        (self.gap.hops - 1).min(ENTRIES)
     }
 
     /// Where a call is made that leads back.
     pub(super) fn call(&self) -> VirtAddr {
-        self.room.start
+        self.gap.start
     }
 
     /// Where the way back begins for the thread that has mapped the arena.
     pub(super) fn leave(&self) -> VirtAddr {
-        self.room.start.offset(code().1)
+        self.gap.start.offset(code().1)
     }
 
     /// Where it begins otherwise.
     pub(super) fn back(&self) -> VirtAddr {
-        self.room.start.offset(code().2)
+        self.gap.start.offset(code().2)
     }
 
     /// Writes it, for the leader with these registers and this signal mask.
     pub(super) fn lay(&self, registers: &Registers, mask: u64) -> Result<Track> {
-        let track = Track { record: self.room.record(), entry: self.room.entry(), hop: 0 };
-        let hop = self.room.hop(track.hop).0 + hop_code().1;
+        let track = Track { record: self.gap.record(), entry: self.gap.entry(), hop: 0 };
+        let hop = self.gap.hop(track.hop).0 + hop_code().1;
         let entry = [0u64.to_ne_bytes(), hop.to_ne_bytes()].concat();
         let mut text = code().0.to_vec();
-        text.resize(Room::RECORD, 0);
+        text.resize(Gap::RECORD, 0);
         text.extend(record(registers, mask, track.entry));
         text.extend(entry);
         text.extend(self.hop(registers));
-        self.memory.write(self.room.start, &text)?;
+        self.memory.write(self.gap.start, &text)?;
         Ok(track)
     }
 
@@ -272,7 +294,7 @@ impl WayBack {
     ) -> Result<Track> {
         let entry = arena.offset((super::ENTRIES_OFFSET + index * ENTRY_SIZE) as u64);
         let track = Track { record: place.record(), entry, hop: index + 1 };
-        let hop = self.room.hop(track.hop);
+        let hop = self.gap.hop(track.hop);
         self.memory.write(hop, &self.hop(registers))?;
         self.memory.write(track.record, &record(registers, mask, track.entry))?;
         self.memory.write(track.entry, &[1u64.to_ne_bytes(), hop.0.to_ne_bytes()].concat())?;
@@ -282,13 +304,13 @@ impl WayBack {
     /// Notes which arena the leader unmaps on its way back.
     pub(super) fn note_arena(&self, arena: PageRange) -> Result<()> {
         let words = [arena.start.0.to_ne_bytes(), arena.bytes().to_ne_bytes()].concat();
-        self.memory.write(self.room.record().offset(ARENA_OFFSET as u64), &words)
+        self.memory.write(self.gap.record().offset(ARENA_OFFSET as u64), &words)
     }
 
-    /// Wipes out what was written for a thread that has been given back: for the leader, everything.
+    /// Takes back what was written for a thread that has been given back: for the leader, everything.
     pub(super) fn clear(&self, track: Track) -> Result<()> {
         match track.is_leader() {
-            true => self.memory.write(self.room.start, &vec![0; self.room.size()]),
+            true => self.memory.write(self.gap.start, &self.before),
             false => self.memory.write(track.entry, &[0; 8]),
         }
     }
@@ -299,7 +321,7 @@ impl WayBack {
     }
 }
 
-impl Room {
+impl Gap {
     /// Where the leader's record is, behind the code.
     const RECORD: usize = 320;
 
@@ -374,25 +396,37 @@ fn file_size(image: &[u8]) -> Option<usize> {
     usize::try_from(end).ok().filter(|&end| end <= image.len())
 }
 
-/// A signal that a thread can send to itself without noticing it, even if it blocks it: the process has no handler for it
-/// among those for the signals `caught`, and what is done without one is to ignore it. Nor is one among those that are
-/// `pending` for the thread, or for all of its process: it would be lost.
-pub(super) fn unnoticed_signal(caught: u64, pending: u64, pending_for_all: u64) -> Option<i32> {
-    let is_in = |mask: u64, signal: i32| mask & 1 << (signal - 1) != 0;
-    let is_free = |signal: &i32| !is_in(caught | pending, *signal);
-    let none_is_taken_back = !STOPPING.iter().any(|&signal| is_in(pending | pending_for_all, signal));
-    let continuing = Some(libc::SIGCONT).filter(|_| none_is_taken_back);
-    IGNORED.into_iter().chain(continuing).find(is_free)
+/// What decides which signals a thread does not notice.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Signals {
+    pub(super) of_process: Dispositions,
+    /// The thread has blocked these.
+    pub(super) blocked: u64,
+    /// These are pending for the thread, and for all of its process.
+    pub(super) pending: u64,
+    pub(super) pending_for_all: u64,
+}
+
+/// A signal that a thread can send to itself without noticing it: the process has no handler for it, and what is done without
+/// one is to ignore it. Nor is it pending, so that somebody may wait for it.
+pub(super) fn unnoticed_signal(signals: Signals) -> Option<i32> {
+    let Signals { of_process: Dispositions { caught, is_init }, blocked, pending, pending_for_all } = signals;
+    let has = |mask: u64, signal: i32| mask & 1 << (signal - 1) != 0;
+    let takes_nothing_back = !has(pending | pending_for_all, libc::SIGCONT);
+    let by_init = (is_init && takes_nothing_back).then_some(IGNORED_BY_INIT);
+    let taken = caught | pending | pending_for_all & blocked;
+    IGNORED.into_iter().chain(by_init).find(|&signal| !has(taken, signal))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pclive_wire::HostPid;
 
     #[test]
     fn what_is_written_has_the_sizes_that_it_has_room_for() {
         let (code, leave, back) = code();
-        assert!(leave < back && (back as usize) < code.len() && code.len() <= Room::RECORD, "{}", code.len());
+        assert!(leave < back && (back as usize) < code.len() && code.len() <= Gap::RECORD, "{}", code.len());
         assert_eq!(hop_code().0.len(), HOP_SIZE - HOP_WORDS);
     }
 
@@ -412,11 +446,11 @@ mod tests {
         assert_eq!(file_size(&image), Some(0x1a20));
 
         let vdso = PageRange::new(VirtAddr(0x7000), 2);
-        let room = Room::find(vdso, &image).unwrap();
-        assert_eq!(room.start, VirtAddr(0x7000 + 0x1a20));
-        assert!(room.start.offset(room.size() as u64) <= vdso.end());
-        assert!(room.start.offset((room.size() + HOP_SIZE) as u64) > vdso.end());
-        assert_eq!(Room::find(vdso, &image[..0x1c00]), None, "too small");
+        let gap = Gap::find(vdso, &image).unwrap();
+        assert_eq!(gap.start, VirtAddr(0x7000 + 0x1a20));
+        assert!(gap.start.offset(gap.size() as u64) <= vdso.end());
+        assert!(gap.start.offset((gap.size() + HOP_SIZE) as u64) > vdso.end());
+        assert_eq!(Gap::find(vdso, &image[..0x1c00]), None, "too small");
         image[40..48].copy_from_slice(&u64::MAX.to_ne_bytes());
         assert_eq!(file_size(&image), None);
         assert_eq!(file_size(&[]), None);
@@ -425,14 +459,35 @@ mod tests {
     #[test]
     fn the_signal_is_one_that_nobody_handles_or_waits_for() {
         let bits = |signals: &[i32]| signals.iter().fold(0, |mask, signal| mask | 1u64 << (signal - 1));
-        assert_eq!(unnoticed_signal(0, 0, 0), Some(libc::SIGURG));
-        let pending_for_all = bits(&[libc::SIGURG]);
-        assert_eq!(unnoticed_signal(0, 0, pending_for_all), Some(libc::SIGURG), "its own comes first");
-        assert_eq!(unnoticed_signal(bits(&[libc::SIGURG]), bits(&[libc::SIGWINCH]), 0), Some(libc::SIGCHLD));
-        let ignored = bits(&IGNORED);
-        assert_eq!(unnoticed_signal(ignored, 0, 0), Some(libc::SIGCONT));
-        assert_eq!(unnoticed_signal(ignored, 0, bits(&[libc::SIGTSTP])), None);
-        assert_eq!(unnoticed_signal(ignored, bits(&[libc::SIGSTOP]), 0), None);
-        assert_eq!(unnoticed_signal(u64::MAX, 0, 0), None);
+        let none = Signals { of_process: Dispositions { caught: 0, is_init: false }, ..Signals::default() };
+        let urgent = bits(&[libc::SIGURG]);
+        assert_eq!(unnoticed_signal(none), Some(libc::SIGURG));
+        assert_eq!(unnoticed_signal(Signals { blocked: u64::MAX, ..none }), Some(libc::SIGURG));
+        let ignored = Signals { pending_for_all: urgent, ..none };
+        assert_eq!(unnoticed_signal(ignored), Some(libc::SIGURG), "nobody waits for it");
+        let waited_for = Signals { blocked: urgent, pending: bits(&[libc::SIGWINCH]), ..ignored };
+        assert_eq!(unnoticed_signal(waited_for), Some(libc::SIGCHLD));
+        let caught = bits(&IGNORED);
+        let handled = |is_init| Signals { of_process: Dispositions { caught, is_init }, ..none };
+        assert_eq!(unnoticed_signal(handled(false)), None);
+        assert_eq!(unnoticed_signal(handled(true)), Some(libc::SIGTTIN));
+        let continued = Signals { pending_for_all: bits(&[libc::SIGCONT]), ..handled(true) };
+        assert_eq!(unnoticed_signal(continued), None);
+    }
+
+    #[test]
+    fn a_gap_is_used_if_it_is_empty_or_has_been_left_by_another_pclive() {
+        let memory = || Arc::new(ProcessMemory::open(HostPid(std::process::id() as i32)).unwrap());
+        let mut image = vec![0; 0x1000];
+        // Behind its header.
+        const END: usize = 64;
+        image[40] = END as u8;
+        let found =
+            |image: &[u8]| WayBack::find(memory(), PageRange::new(VirtAddr(0x7000), 1), image).is_some();
+        assert!(found(&image));
+        image[END..END + code().0.len()].copy_from_slice(code().0);
+        assert!(found(&image));
+        image[END + 3] ^= 1;
+        assert!(!found(&image));
     }
 }
