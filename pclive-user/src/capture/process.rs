@@ -77,7 +77,7 @@ pub fn prepare_injection(
     let footing = Footing::find(pid, memory.clone(), vdso.ok_or(ProcessError::NoVdso(pid))?)?;
     if footing.most_members().is_none() {
         tracing::debug!(
-            "process {pid} dies if pclive is killed while it makes calls for it: its vDSO is full"
+            "process {pid} dies if pclive is killed while it makes calls: there is no room behind its vDSO"
         );
     }
     Ok((memory, footing))

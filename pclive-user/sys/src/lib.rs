@@ -68,7 +68,9 @@ pub enum Error {
         stop: ptrace::Stop,
     },
     /// It has not yet come back from what it did for a pclive that was killed.
-    #[error("thread {0} still comes back from calls for a pclive that was killed: try again")]
+    #[error(
+        "thread {0} still comes back from calls for a pclive that was killed: try again (if stopped, continue it)"
+    )]
     Returning(HostPid),
     /// A file under /proc could not be opened.
     #[error("cannot open {path}")]

@@ -96,8 +96,9 @@ pub struct Borrowed<'t> {
 /// Where a borrowed thread makes its calls from.
 #[derive(Clone, Copy, Debug)]
 enum Ground<'t> {
-    /// The vDSO's own instruction: what becomes of the thread if pclive dies is nobody's care.
-    Bare(SyscallInstruction),
+    /// The vDSO's own instruction: what becomes of the thread if pclive dies is nobody's care. A thread of a container has
+    /// its footing nonetheless.
+    Bare(SyscallInstruction, Option<&'t Footing>),
     /// Where it finds its way back.
     Safe { footing: &'t Footing, way_back: &'t WayBack, track: Track },
 }
@@ -158,12 +159,11 @@ impl<'t> Borrowed<'t> {
 
     /// Borrows a thread of a skeleton that is in a ptrace stop.
     pub fn new(tracee: &'t Tracee, syscall: SyscallInstruction) -> Result<Self> {
-        Self::bare(tracee, tracee.registers()?, syscall)
+        Self::bare(tracee, tracee.registers()?, Ground::Bare(syscall, None))
     }
 
-    fn bare(tracee: &'t Tracee, registers: Registers, syscall: SyscallInstruction) -> Result<Self> {
-        let mask = tracee.signal_mask()?;
-        let (ground, ending) = (Ground::Bare(syscall), Ending::Trap);
+    fn bare(tracee: &'t Tracee, registers: Registers, ground: Ground<'t>) -> Result<Self> {
+        let (mask, ending) = (tracee.signal_mask()?, Ending::Trap);
         tracee.set_signal_mask(ending.mask())?;
         Ok(Self { tracee, registers, mask, ground, ending, has_arena: Cell::new(false) })
     }
@@ -171,24 +171,34 @@ impl<'t> Borrowed<'t> {
     fn leader(tracee: &'t Tracee, footing: &'t Footing) -> Result<Self> {
         let registers = footing.registers_of(tracee)?;
         let Some(way_back) = footing.way_back() else {
-            return Self::bare(tracee, registers, footing.syscall());
+            return Self::bare(tracee, registers, Ground::Bare(footing.syscall(), Some(footing)));
         };
         let mask = tracee.signal_mask()?;
         let track = way_back.lay(&going_on(registers), mask)?;
         Self::enter(tracee, (registers, mask), (footing, way_back, track))
     }
 
-    /// Borrows another thread of the process, the `index`th, for a script with this place.
+    /// Registers with which another thread of the process goes on after it has done something else.
+    ///
+    /// [`Error::Returning`] if it does so just now: nothing may be written for others then.
+    pub(super) fn registers_of(&self, tracee: &Tracee) -> Result<Registers> {
+        match self.ground {
+            Ground::Bare(_, None) => tracee.registers(),
+            Ground::Bare(_, Some(footing)) | Ground::Safe { footing, .. } => footing.registers_of(tracee),
+        }
+    }
+
+    /// Borrows another thread of the process, the `index`th, which has these registers, for a script with this place.
     pub(super) fn beside(
         &self,
-        tracee: &'t Tracee,
+        (tracee, registers): (&'t Tracee, Registers),
         (arena, place, index): (&Arena, Place, usize),
     ) -> Result<Self> {
         let (footing, way_back) = match self.ground {
-            Ground::Bare(syscall) => return Self::new(tracee, syscall),
+            Ground::Bare(..) => return Self::bare(tracee, registers, self.ground),
             Ground::Safe { footing, way_back, .. } => (footing, way_back),
         };
-        let (registers, mask) = (footing.registers_of(tracee)?, tracee.signal_mask()?);
+        let mask = tracee.signal_mask()?;
         let site = (arena.range.start, place, index);
         let track = way_back.lay_beside(&going_on(registers), mask, site)?;
         Self::enter(tracee, (registers, mask), (footing, way_back, track))
@@ -228,7 +238,7 @@ impl<'t> Borrowed<'t> {
     /// How many other threads can be borrowed at the same time.
     pub(super) fn members(&self) -> usize {
         match self.ground {
-            Ground::Bare(_) => usize::MAX,
+            Ground::Bare(..) => usize::MAX,
             Ground::Safe { way_back, .. } => way_back.members(),
         }
     }
@@ -236,7 +246,7 @@ impl<'t> Borrowed<'t> {
     /// The registers that the thread has while it is borrowed, with the instruction pointer at `rip`.
     fn registers_at(&self, rip: VirtAddr) -> Registers {
         let rbp = match self.ground {
-            Ground::Bare(_) => self.registers.rbp,
+            Ground::Bare(..) => self.registers.rbp,
             Ground::Safe { track, .. } => track.record.0,
         };
         Registers { rip: rip.0, rbp, orig_rax: u64::MAX, ..self.registers }
@@ -276,7 +286,7 @@ impl<'t> Borrowed<'t> {
         all[..N].copy_from_slice(&args);
         let [rdi, rsi, rdx, r10, r8, r9] = all;
         let (call, r12) = match self.ground {
-            Ground::Bare(syscall) => (syscall.0, 0),
+            Ground::Bare(syscall, _) => (syscall.0, 0),
             Ground::Safe { way_back, .. } => (way_back.call(), self.way_out(way_back).0),
         };
         let (r14, r13) = match undo {
@@ -372,7 +382,7 @@ impl<'t> Borrowed<'t> {
         let data = place.text();
         arena.memory.write(data, &script.assemble(data))?;
         let way_out = match self.ground {
-            Ground::Bare(_) => VirtAddr(0),
+            Ground::Bare(..) => VirtAddr(0),
             Ground::Safe { way_back, .. } => self.way_out(way_back),
         };
         self.tracee.set_registers(&Registers {
@@ -433,7 +443,7 @@ impl<'t> Borrowed<'t> {
         let mask = self.tracee.set_signal_mask(self.mask);
         let registers = self.tracee.set_registers(&self.registers);
         let cleared = match self.ground {
-            Ground::Bare(_) => Ok(()),
+            Ground::Bare(..) => Ok(()),
             Ground::Safe { way_back, track, .. } => way_back.clear(track),
         };
         mask.and(registers).and(cleared)

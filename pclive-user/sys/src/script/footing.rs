@@ -71,14 +71,14 @@ impl Footing {
         Self { dispositions, ..self }
     }
 
-    /// Besides the leader, how many threads can find their way back at the same time. `None` if none can, nor the leader,
-    /// because the vDSO leaves no room: then whoever makes a call when pclive dies is killed by its trap.
+    /// Besides the leader, how many threads can find their way back at the same time. `None` if none can, nor the leader: the
+    /// vDSO leaves no room, or somebody else uses it. Then whoever makes a call when pclive dies is killed by its trap.
     pub fn most_members(&self) -> Option<usize> {
-        self.way_back.as_ref().map(WayBack::members)
+        self.way_back().map(WayBack::members)
     }
 
     pub(super) fn way_back(&self) -> Option<&WayBack> {
-        self.way_back.as_ref()
+        self.way_back.as_ref().filter(|way_back| way_back.is_usable())
     }
 
     pub(super) fn syscall(&self) -> SyscallInstruction {

@@ -2,12 +2,13 @@
 
 use super::sleeper::{NOTHING_CAUGHT, footing_of, stop};
 use super::{Arg, Borrowed, Dispositions, Script, run_all};
-use crate::Result;
 use crate::ptrace::{Seize, Tracee};
+use crate::{Error, Result};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use pclive_wire::HostPid;
+use pclive_wire::manifest::Registers;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// What the victim ends with when it finds that something has been changed.
 const CHANGED: i32 = 99;
+/// What a tracer ends with that finds a thread still on its way back.
+const RETURNING: i32 = 98;
 /// How long it may take until a process is as it was.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -33,7 +36,7 @@ impl Fork {
         if pid == 0 {
             // A panic must not go on into what this is a copy of.
             let _ = catch_unwind(AssertUnwindSafe(life));
-            exit();
+            exit(CHANGED);
         }
         assert!(pid > 0, "fork");
         Self { pid: HostPid(pid) }
@@ -73,9 +76,13 @@ impl Drop for Fork {
     }
 }
 
-fn exit() -> ! {
+fn exit(status: i32) -> ! {
     // SAFETY: ends this process at once.
-    unsafe { libc::_exit(CHANGED) }
+    unsafe { libc::_exit(status) }
+}
+
+extern "C" fn say_changed() -> ! {
+    exit(CHANGED)
 }
 
 /// Checks without end that registers, flags and the red zone are what they were. With `sleeping` it does so around a system
@@ -161,7 +168,7 @@ fn watch_registers(sleeping: bool) -> ! {
             "9:",
             "call {changed}",
             "ud2",
-            changed = sym exit,
+            changed = sym say_changed,
             in("rdi") &raw const short,
             in("rsi") u64::from(sleeping),
             options(noreturn),
@@ -200,7 +207,21 @@ struct Victim {
     process: Fork,
     voice: File,
     ear: File,
-    before: Vec<String>,
+    before: Looks,
+}
+
+/// What is not to change: mappings, descriptors, and of each thread its blocked and pending signals and that it runs. And
+/// how many bytes are mapped as only an arena is.
+#[derive(Default)]
+struct Looks {
+    lines: Vec<String>,
+    arenas: u64,
+}
+
+/// Bytes of the mapping in a line of `maps`.
+fn size(line: &str) -> u64 {
+    let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+    u64::from_str_radix(end, 16).unwrap() - u64::from_str_radix(start, 16).unwrap()
 }
 
 impl Victim {
@@ -229,12 +250,12 @@ impl Victim {
                 Leader::Echoes => loop {
                     let in_and_out = (heard.read(&mut byte), said.write(&byte));
                     if !matches!(in_and_out, (Ok(1), Ok(1))) {
-                        exit();
+                        exit(CHANGED);
                     }
                 },
             }
         });
-        let mut victim = Self { process, voice: voice.into(), ear: ear.into(), before: Vec::new() };
+        let mut victim = Self { process, voice: voice.into(), ear: ear.into(), before: Looks::default() };
         victim.ear.read_exact(&mut [0; 3]).unwrap();
         victim.before = victim.look();
         victim
@@ -248,21 +269,21 @@ impl Victim {
         tids.into_iter().map(HostPid).collect()
     }
 
-    /// What is not to change: mappings, descriptors, and of each thread its blocked and pending signals and that it runs.
-    fn look(&self) -> Vec<String> {
+    fn look(&self) -> Looks {
         const OF_THREAD: [&str; 3] = ["SigBlk", "SigPnd", "TracerPid"];
         let pid = self.process.pid;
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-        let mut seen: Vec<String> = maps.lines().map(str::to_owned).collect();
-        seen.push(format!("{} descriptors", fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()));
+        let (arenas, others): (Vec<&str>, Vec<&str>) = maps.lines().partition(|line| line.contains(" rwxp "));
+        let mut lines: Vec<String> = others.into_iter().map(str::to_owned).collect();
+        lines.push(format!("{} descriptors", fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()));
         for tid in self.tids() {
             let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap();
             let wanted = |line: &&str| OF_THREAD.iter().any(|name| line.starts_with(name));
-            seen.extend(status.lines().filter(wanted).map(|line| format!("{tid}: {line}")));
+            lines.extend(status.lines().filter(wanted).map(|line| format!("{tid}: {line}")));
             let stands = status.contains("(stopped)") || status.contains("(tracing stop)");
-            seen.push(format!("{tid} {}", if stands { "stands still" } else { "runs" }));
+            lines.push(format!("{tid} {}", if stands { "stands still" } else { "runs" }));
         }
-        seen
+        Looks { lines, arenas: arenas.into_iter().map(size).sum() }
     }
 
     /// Waits until it is as it was. Whether it is, but for an arena that has stayed.
@@ -272,28 +293,25 @@ impl Victim {
         loop {
             assert_eq!(self.process.ended(), None, "the victim has ended");
             let now = self.look();
-            let differs = |these: &[String], those: &[String]| -> Vec<String> {
-                these.iter().filter(|line| !those.contains(line)).cloned().collect()
-            };
-            let (new, gone) = (differs(&now, &self.before), differs(&self.before, &now));
-            if new.is_empty() && gone.is_empty() {
-                break;
-            }
             // Whether the leader is back, who unmaps it, is looked for after the mappings are.
-            let has_arena = gone.is_empty() && new.iter().all(|line| line.contains("rwxp"));
-            if has_arena && had_arena {
+            let has_arena = now.arenas > self.before.arenas;
+            let is_back = now.lines == self.before.lines;
+            if is_back && has_arena == had_arena {
                 self.before = now;
-                return false;
+                self.answer(leader);
+                return !has_arena;
             }
-            had_arena = has_arena;
-            assert!(Instant::now() < end, "it has {new:#?} instead of {gone:#?}");
+            had_arena = is_back && has_arena;
+            assert!(Instant::now() < end, "{:#?}\nbefore: {:#?}", now.lines, self.before.lines);
             std::thread::yield_now();
         }
+    }
+
+    fn answer(&mut self, leader: Leader) {
         if matches!(leader, Leader::Echoes) {
             self.voice.write_all(b"x").unwrap();
             self.ear.read_exact(&mut [0]).unwrap();
         }
-        true
     }
 
     /// What pclive does to attach.
@@ -331,20 +349,39 @@ fn kill_again_and_again(leader: Leader, work: impl Fn(&Victim) -> Result<()>) {
     let mut victim = Victim::start(leader);
     let mut arenas_left = 0;
     for i in 0..TIMES {
-        let (mut started, starting) = nix::unistd::pipe().map(|(a, b)| (File::from(a), b)).unwrap();
-        let tracer = Fork::new(|| {
-            nix::unistd::write(&starting, b"x").unwrap();
-            while work(&victim).is_ok() {}
-        });
-        started.read_exact(&mut [0]).unwrap();
-        let start = Instant::now();
-        while start.elapsed() < i * STEP {
-            std::hint::spin_loop();
+        // A thread may still come back from the time before.
+        while !is_killed_at_work(&victim, &work, i * STEP) {
+            std::thread::yield_now();
         }
-        assert!(matches!(tracer.kill(), WaitStatus::Signaled(_, Signal::SIGKILL, _)), "its work has failed");
         arenas_left += u32::from(!victim.check(leader));
     }
     assert!(arenas_left < TIMES / 20, "of {TIMES} times an arena has stayed {arenas_left} times");
+}
+
+/// Has a process do `work` again and again and kills it after that time. Not if it has ended because a thread could not be
+/// borrowed.
+fn is_killed_at_work(victim: &Victim, work: &impl Fn(&Victim) -> Result<()>, after: Duration) -> bool {
+    let (mut started, starting) = nix::unistd::pipe().map(|(a, b)| (File::from(a), b)).unwrap();
+    let tracer = Fork::new(|| {
+        nix::unistd::write(&starting, b"x").unwrap();
+        loop {
+            match work(victim) {
+                Ok(()) => {}
+                Err(Error::Returning(_)) => exit(RETURNING),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    });
+    started.read_exact(&mut [0]).unwrap();
+    let start = Instant::now();
+    while start.elapsed() < after {
+        std::hint::spin_loop();
+    }
+    match tracer.kill() {
+        WaitStatus::Signaled(_, Signal::SIGKILL, _) => true,
+        WaitStatus::Exited(_, RETURNING) => false,
+        other => panic!("its work has failed: {other:?}"),
+    }
 }
 
 fn let_go(tracees: Vec<Tracee>) -> Result<()> {
@@ -370,29 +407,66 @@ fn a_process_whose_scripts_are_followed() {
     kill_again_and_again(Leader::Echoes, |victim| let_go(victim.run_scripts(Dispositions::default())?));
 }
 
+/// Has a process do `work`, of which it dies.
+fn dies_at(work: impl FnOnce()) {
+    let status = Fork::new(work).wait();
+    assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGABRT, _)), "its work has failed: {status:?}");
+}
+
 #[test]
 fn what_was_left_behind_does_not_prevent_the_next_time() {
     let mut victim = Victim::start(Leader::Echoes);
     let footing = footing_of(victim.process.pid, NOTHING_CAUGHT);
-    let tracer = Fork::new(|| {
+    dies_at(|| {
         let leader = stop(victim.process.pid, Seize::Source);
-        let killed = Borrowed::lend(&leader, &footing, |_| -> Result<()> { exit() });
-        killed.unwrap();
+        Borrowed::lend(&leader, &footing, |_| -> Result<()> { abort() }).unwrap();
     });
-    tracer.wait();
     assert!(victim.check(Leader::Echoes));
     let_go(victim.run_scripts(NOTHING_CAUGHT).unwrap()).unwrap();
     assert!(victim.check(Leader::Echoes));
 }
 
 #[test]
+fn an_arena_is_unmapped_whatever_was_called_last() {
+    let mut victim = Victim::start(Leader::Echoes);
+    let footing = footing_of(victim.process.pid, NOTHING_CAUGHT);
+    dies_at(|| {
+        let leader = stop(victim.process.pid, Seize::Source);
+        Borrowed::lend(&leader, &footing, |borrowed| {
+            borrowed.with_arena(1 << 16, |_| -> Result<()> {
+                borrowed.call("getpid", libc::SYS_getpid, [])?;
+                abort()
+            })
+        })
+        .unwrap();
+    });
+    assert!(victim.check(Leader::Echoes));
+}
+
+#[test]
 fn a_process_that_has_been_given_back_but_not_let_go() {
     let mut victim = Victim::start(Leader::Echoes);
-    let tracer = Fork::new(|| {
+    dies_at(|| {
         let _standing_still = victim.run_scripts(NOTHING_CAUGHT).unwrap();
+        abort();
     });
-    tracer.wait();
     assert!(victim.check(Leader::Echoes));
+}
+
+#[test]
+fn a_thread_that_is_on_its_way_back_is_not_borrowed() {
+    let mut victim = Victim::start(Leader::Spins);
+    let footing = footing_of(victim.process.pid, NOTHING_CAUGHT);
+    let leader = stop(victim.process.pid, Seize::Source);
+    let registers = leader.registers().unwrap();
+    let on_its_way = Registers { rip: footing.way_back().unwrap().back().0, ..registers };
+    leader.set_registers(&on_its_way).unwrap();
+    let error = Borrowed::lend(&leader, &footing, |_| -> Result<()> { Ok(()) }).unwrap_err();
+    assert!(matches!(error, Error::Returning(tid) if tid == leader.tid()), "{error}");
+    assert_eq!(leader.registers().unwrap(), on_its_way);
+    leader.set_registers(&registers).unwrap();
+    leader.detach().unwrap();
+    assert!(victim.check(Leader::Spins));
 }
 
 #[test]
@@ -411,19 +485,21 @@ fn the_init_of_a_container_that_handles_most_signals_is_not_stopped_by_its_own()
         std::thread::yield_now();
     };
     let dispositions = Dispositions { caught: !(1 << (libc::SIGTTIN - 1)), is_init: true };
-    let tracer = Fork::new(|| {
+    dies_at(|| {
         let tracee = stop(init, Seize::Source);
-        let mut script = Script::new();
-        script.call("getpid", libc::SYS_getpid, []);
-        let killed = Borrowed::lend(&tracee, &footing_of(init, dispositions), |borrowed| -> Result<()> {
+        let script = Script::new();
+        let run_and_die = |borrowed: &Borrowed<'_>| -> Result<()> {
             borrowed.with_arena(1 << 16, |arena| {
-                borrowed.run(arena, &script)?;
+                let _running = borrowed.start(arena, arena.room().place(&script)?, &script)?;
+                // A stop that nobody has waited for: the kernel delivers the signal when the tracer dies.
+                while !read(format!("/proc/{init}/status")).contains("State:\tt") {
+                    std::thread::yield_now();
+                }
                 abort()
             })
-        });
-        killed.unwrap();
+        };
+        Borrowed::lend(&tracee, &footing_of(init, dispositions), run_and_die).unwrap();
     });
-    assert!(matches!(tracer.wait(), WaitStatus::Signaled(_, Signal::SIGABRT, _)), "the script has failed");
     let status = || read(format!("/proc/{init}/status"));
     while !status().contains("State:\tS") {
         assert!(Instant::now() < end, "{}", status());

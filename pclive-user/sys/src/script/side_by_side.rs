@@ -2,9 +2,11 @@
 
 use super::borrowed::{Arena, Borrowed};
 use super::{Outcome, Script};
-use crate::Result;
 use crate::ptrace::Tracee;
+use crate::{Error, Result};
+use pclive_wire::manifest::Registers;
 use std::borrow::Borrow;
+use std::iter::zip;
 
 /// Runs a script in the leader of a process and one in each of several of its other threads, all of them stopped: as many at
 /// a time as the arena has room for. The other threads are given back, whether or not that succeeds. Returns what each left
@@ -17,6 +19,12 @@ pub fn run_all<S: Borrow<Script>>(
     (leader, script): (&Borrowed<'_>, &Script),
     members: &[(&Tracee, S)],
 ) -> Result<Vec<Outcome>> {
+    let mut registers: Vec<_> = members.iter().map(|(tracee, _)| leader.registers_of(tracee)).collect();
+    if let Some(returning) = registers.iter().position(|read| matches!(read, Err(Error::Returning(_)))) {
+        return Err(registers.swap_remove(returning).expect_err("just seen"));
+    }
+    let members: Vec<Member<'_, S>> =
+        zip(members, registers).map(|((tracee, script), registers)| (*tracee, registers, script)).collect();
     let mut outcomes = Vec::with_capacity(1 + members.len());
     let mut first = Some(script);
     let mut ahead = members;
@@ -25,15 +33,18 @@ pub fn run_all<S: Borrow<Script>>(
         if let Some(script) = first {
             room.place(script)?;
         }
-        let fits = |(_, script): &&(&Tracee, S)| room.place(script.borrow()).is_ok();
+        let fits = |(_, _, script): &&Member<'_, S>| room.place((*script).borrow()).is_ok();
         let fitting = ahead.iter().take(leader.members()).take_while(fits).count();
         // At least one thread: if there is no room for it, it says so.
-        let (group, later) = ahead.split_at(fitting.max(usize::from(first.is_none())));
+        let later = ahead.split_off(fitting.max(usize::from(first.is_none())));
+        let group = std::mem::replace(&mut ahead, later);
         outcomes.extend(run_together(arena, (leader, first.take()), group)?);
-        ahead = later;
     }
     Ok(outcomes)
 }
+
+/// Another thread than the leader, the registers that it has, and its script.
+type Member<'a, S> = (&'a Tracee, Result<Registers>, &'a S);
 
 /// Lets all threads go before it waits for any, and waits for all that it could let go.
 ///
@@ -42,12 +53,12 @@ pub fn run_all<S: Borrow<Script>>(
 fn run_together<S: Borrow<Script>>(
     arena: &Arena,
     (leader, script): (&Borrowed<'_>, Option<&Script>),
-    members: &[(&Tracee, S)],
+    members: Vec<Member<'_, S>>,
 ) -> Result<Vec<Outcome>> {
     let mut room = arena.room();
-    let start = members.iter().enumerate().rev().map(|(index, (tracee, script))| {
+    let start = members.into_iter().enumerate().rev().map(|(index, (tracee, registers, script))| {
         let place = room.place(script.borrow())?;
-        let borrowed = leader.beside(tracee, (arena, place, index))?;
+        let borrowed = leader.beside((tracee, registers?), (arena, place, index))?;
         let running = borrowed.start(arena, place, script.borrow());
         Ok((borrowed, running))
     });
@@ -69,9 +80,7 @@ mod tests {
     use super::super::sleeper::Team;
     use super::super::{Arg, Expect};
     use super::*;
-    use crate::Error;
     use nix::errno::Errno;
-    use std::iter::zip;
 
     fn name_of(tracee: &Tracee) -> String {
         std::fs::read_to_string(format!("/proc/{}/comm", tracee.tid())).unwrap().trim_end().to_owned()

@@ -28,7 +28,8 @@
 //!   pointer. What the way back cannot restore is when a signal comes: one that comes while a thread is borrowed is handled
 //!   before the call in which it was stopped is made again, which without pclive may have failed with `EINTR`.
 //! - **Another pclive** finds what a killed one has left, and leaves it as it was: threads may still be on it. A thread that
-//!   is cannot be borrowed.
+//!   is cannot be borrowed. One that handles a signal on its way cannot be told from others: should it be moved meanwhile,
+//!   it has no way back from its handler.
 
 use super::borrowed::Place;
 use super::footing::Dispositions;
@@ -55,7 +56,7 @@ const PAUSE_NS: u64 = 200_000;
 /// The signals that do nothing to a process without a handler for them.
 const IGNORED: [i32; 3] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
 /// What the first process of a pid namespace ignores, too, as everything that it has no handler for (`SIGNAL_UNKILLABLE`). It
-/// takes back a `SIGCONT` that is pending.
+/// takes back a `SIGCONT` that is pending, also one for another thread and one that comes meanwhile.
 const IGNORED_BY_INIT: i32 = libc::SIGTTIN;
 
 // rbp = the record, all the way. Calls are entered with r14 = the call that undoes what it returns, or 0, r13 = the second
@@ -206,7 +207,6 @@ pub struct WayBack {
 }
 
 /// Room that nobody uses.
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Gap {
     start: VirtAddr,
@@ -231,12 +231,16 @@ impl Track {
 
 impl WayBack {
     /// Finds the gap behind the end of the vDSO's file, of which `image` is all that is mapped at `vdso`. `None` if there is not
-    /// enough room for a leader and one other thread, or it is not empty: apart from what a pclive like this one has left.
+    /// enough room for a leader and one other thread.
     pub(super) fn find(memory: Arc<ProcessMemory>, vdso: PageRange, image: &[u8]) -> Option<Self> {
         let gap = Gap::find(vdso, image)?;
         let before = image[(gap.start.0 - vdso.start.0) as usize..][..gap.size()].to_vec();
-        let is_ours = before.starts_with(code().0) || before.iter().all(|&byte| byte == 0);
-        is_ours.then_some(Self { memory, gap, before })
+        Some(Self { memory, gap, before })
+    }
+
+    /// Whether the gap is empty, or has in it what a pclive like this one has left.
+    pub(super) fn is_usable(&self) -> bool {
+        self.before.starts_with(code().0) || self.before.iter().all(|&byte| byte == 0)
     }
 
     /// Whether a thread with these registers is just coming back from calls for a pclive that was killed.
@@ -482,8 +486,9 @@ mod tests {
         // Behind its header.
         const END: usize = 64;
         image[40] = END as u8;
-        let found =
-            |image: &[u8]| WayBack::find(memory(), PageRange::new(VirtAddr(0x7000), 1), image).is_some();
+        let found = |image: &[u8]| {
+            WayBack::find(memory(), PageRange::new(VirtAddr(0x7000), 1), image).unwrap().is_usable()
+        };
         assert!(found(&image));
         image[END..END + code().0.len()].copy_from_slice(code().0);
         assert!(found(&image));
