@@ -10,7 +10,7 @@
 //! share the interpreter, and run side by side ([`run_all`]): the waiting is paid once, unless they must be followed.
 //!
 //! If pclive dies meanwhile, threads of a skeleton die with it, at the latest of the trap that ends their scripts. Threads of
-//! a container find their [way back](way_back).
+//! a container find their way back (`way_back`, where it is described).
 //!
 //! ```text
 //! arena:  interpreter │ who needs the arena │ place │ place │ …
