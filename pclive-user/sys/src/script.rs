@@ -2,7 +2,7 @@
 //!
 //! One ptrace round trip for each call costs tens of microseconds. So one call is injected ([`Borrowed::call`]) to map an
 //! [`Arena`] into the process; a position-independent interpreter of a few dozen instructions is put there together with
-//! the calls and their data, runs all of them, and traps once. An argument may be the result of an earlier call or a word
+//! the calls and their data, runs all of them, and stops once. An argument may be the result of an earlier call or a word
 //! that an earlier call stored, and each call says what it must return; the first that does otherwise ends the script and
 //! is named in the error.
 //!
