@@ -186,7 +186,13 @@ fn runc<const N: usize>(dir: &Path, args: [&str; N]) -> Command {
 }
 
 fn list(dir: &Path) -> Result<Vec<ContainerState>> {
-    let json = run(&mut runc(dir, ["list", "--format", "json"]))?;
+    /// runc reads the names first and then looks at each: it fails if a container is removed meanwhile.
+    const ATTEMPTS: u32 = 20;
+    let list = || run(&mut runc(dir, ["list", "--format", "json"]));
+    let is_removed = |json: &Result<String>| {
+        json.as_ref().is_err_and(|error| format!("{error:#}").contains("no such file or directory"))
+    };
+    let json = (1..ATTEMPTS).map(|_| list()).find(|json| !is_removed(json)).unwrap_or_else(list)?;
     // Without a container runc prints `null`.
     Ok(serde_json::from_str::<Option<_>>(&json)?.unwrap_or_default())
 }
