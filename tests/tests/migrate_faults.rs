@@ -135,21 +135,21 @@ const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
 
 fn poll(is_so: impl Fn() -> bool) -> Result<()> {
     let end = Instant::now() + PATIENCE;
-    while !is_so() {
-        ensure!(Instant::now() < end, "what was waited for did not happen");
-        sleep(BETWEEN_LOOKS);
-    }
-    Ok(())
+    poll_while(|| Ok(Instant::now() < end), is_so)
 }
 
 /// As [`poll`], but as long as a migration goes on: on a busy machine its rounds take their time.
 fn poll_during(migrate: &mut Migrate, is_so: impl Fn() -> bool) -> Result<()> {
+    poll_while(|| Ok(!migrate.has_ended()?), is_so)
+}
+
+fn poll_while(mut it_may_happen: impl FnMut() -> Result<bool>, is_so: impl Fn() -> bool) -> Result<()> {
     loop {
-        let has_ended = migrate.has_ended()?;
+        let is_last = !it_may_happen()?;
         if is_so() {
             return Ok(());
         }
-        ensure!(!has_ended, "it ended before what was waited for happened");
+        ensure!(!is_last, "what was waited for did not happen");
         sleep(BETWEEN_LOOKS);
     }
 }

@@ -185,7 +185,8 @@ pub fn find_vdso(pid: HostPid) -> Result<Option<PageRange>, VmaError> {
     Ok(vdso.as_ref().map(range))
 }
 
-fn range(map: &MemoryMap) -> PageRange {
+/// Where a mapping is.
+pub fn range(map: &MemoryMap) -> PageRange {
     PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1))
 }
 

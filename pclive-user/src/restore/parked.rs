@@ -411,7 +411,7 @@ struct Standing {
 fn own_mappings(pid: HostPid) -> Result<Vec<Standing>, ParkedError> {
     let maps = Procfs::new(pid.0).and_then(|process| process.maps()).map_err(ParkedError::Maps)?;
     let standing = maps.into_iter().filter(|map| map.pathname != MMapPath::Vsyscall).map(|map| Standing {
-        range: PageRange::between(VirtAddr(map.address.0), VirtAddr(map.address.1)),
+        range: crate::capture::vmas::range(&map),
         special: crate::capture::vmas::special_mapping(&map.pathname),
     });
     Ok(standing.collect())

@@ -20,18 +20,14 @@ const RESTART_BLOCK: i64 = -516;
 /// If such a call had been interrupted before, the registers name `restart_syscall(2)`, which only works where the kernel
 /// remembers the call. Its arguments are still in their registers; its number is found in `code`, the bytes before the
 /// instruction pointer, where libraries load it. Otherwise the call fails with `EINTR`.
-pub fn restartable(mut registers: Registers, code: [u8; CODE_BEFORE]) -> Registers {
-    registers = match (registers.orig_rax as i64, registers.rax as i64) {
-        (libc::SYS_restart_syscall, result) if RESTART_CODES.contains(&result) => {
-            match restarted_call(code) {
-                Some(number) => call_again(registers, number),
-                None => Registers { rax: -i64::from(libc::EINTR) as u64, ..registers },
-            }
-        }
-        (number, result) if number >= 0 && RESTART_CODES.contains(&result) => {
-            call_again(registers, number as u64)
-        }
-        _ => registers,
+pub fn restartable(registers: Registers, code: [u8; CODE_BEFORE]) -> Registers {
+    let registers = match interrupted_call(&registers) {
+        Some((libc::SYS_restart_syscall, _)) => match restarted_call(code) {
+            Some(number) => call_again(registers, number),
+            None => Registers { rax: -i64::from(libc::EINTR) as u64, ..registers },
+        },
+        Some((number, _)) => call_again(registers, number as u64),
+        None => registers,
     };
     Registers { orig_rax: u64::MAX, ..registers }
 }
@@ -39,10 +35,10 @@ pub fn restartable(mut registers: Registers, code: [u8; CODE_BEFORE]) -> Registe
 /// Registers with which a stopped thread goes on where it was stopped, but by itself and not by the kernel, which would have
 /// restarted an interrupted call just like this.
 pub fn going_on(registers: Registers) -> Registers {
-    let registers = match (registers.orig_rax as i64, registers.rax as i64) {
-        (0.., RESTART_BLOCK) => call_again(registers, libc::SYS_restart_syscall as u64),
-        (number @ 0.., result) if RESTART_CODES.contains(&result) => call_again(registers, number as u64),
-        _ => registers,
+    let registers = match interrupted_call(&registers) {
+        Some((_, RESTART_BLOCK)) => call_again(registers, libc::SYS_restart_syscall as u64),
+        Some((number, _)) => call_again(registers, number as u64),
+        None => registers,
     };
     Registers { orig_rax: u64::MAX, ..registers }
 }
@@ -50,7 +46,13 @@ pub fn going_on(registers: Registers) -> Registers {
 /// Whether a stopped thread may have another signal mask for the time of a call (sigsuspend(2), ppoll(2) …): those calls are
 /// made again if no handler has run.
 pub fn may_wait_with_another_mask(registers: &Registers) -> bool {
-    registers.orig_rax as i64 >= 0 && registers.rax as i64 == NO_HANDLER
+    matches!(interrupted_call(registers), Some((_, NO_HANDLER)))
+}
+
+/// The number of the call in which a thread was stopped and that the kernel would restart, and its restart code.
+fn interrupted_call(registers: &Registers) -> Option<(i64, i64)> {
+    let (number, result) = (registers.orig_rax as i64, registers.rax as i64);
+    (number >= 0 && RESTART_CODES.contains(&result)).then_some((number, result))
 }
 
 /// Bytes of a `struct rseq_cs` (uapi/linux/rseq.h).
@@ -70,7 +72,7 @@ pub fn out_of(section: [u8; SECTION_SIZE], registers: Registers) -> Registers {
 
 /// Bytes before the instruction pointer that [`restartable`] looks at: `mov eax, imm32` and `syscall`.
 pub const CODE_BEFORE: usize = 7;
-const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+pub(crate) const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 const MOV_EAX: u8 = 0xb8;
 /// The calls that have a restart block.
 const WITH_RESTART_BLOCK: [i64; 4] =

@@ -3,7 +3,7 @@
 use super::way_back::WayBack;
 use crate::mem::ProcessMemory;
 use crate::ptrace::Tracee;
-use crate::registers::{SECTION_SIZE, out_of};
+use crate::registers::{SECTION_SIZE, SYSCALL_INSTRUCTION, out_of};
 use crate::{Error, Result};
 use pclive_wire::manifest::Registers;
 use pclive_wire::{HostPid, PageRange, VirtAddr};
@@ -20,8 +20,7 @@ impl SyscallInstruction {
     }
 
     fn find_in(pid: HostPid, vdso: PageRange, image: &[u8]) -> Result<Self> {
-        const SYSCALL: [u8; 2] = [0x0f, 0x05];
-        let offset = image.windows(2).position(|bytes| bytes == SYSCALL);
+        let offset = image.windows(2).position(|bytes| bytes == SYSCALL_INSTRUCTION);
         offset.map(|offset| Self(vdso.start.offset(offset as u64))).ok_or(Error::NoSyscallInstruction(pid))
     }
 }

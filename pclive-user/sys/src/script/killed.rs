@@ -1,6 +1,6 @@
 //! What becomes of a process while its tracer is killed, again and again, whatever it does with it just then.
 
-use super::sleeper::{NOTHING_CAUGHT, footing_of, stop};
+use super::sleeper::{NOTHING_CAUGHT, Sleeper, footing_of, sleeps, stop};
 use super::{Arg, Borrowed, Dispositions, Script, run_all};
 use crate::ptrace::{Seize, Tracee};
 use crate::{Error, Result};
@@ -12,7 +12,7 @@ use pclive_wire::manifest::Registers;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Child, Command, abort};
+use std::process::{Command, abort};
 use std::time::{Duration, Instant};
 
 /// What the victim ends with when it finds that something has been changed.
@@ -120,49 +120,32 @@ fn watch_registers(sleeping: bool) -> ! {
             "pause",
             "pause",
             "jnc 9f",
-            "cmp rcx, 21",
-            "jne 9f",
-            "cmp r11, 22",
-            "jne 9f",
-            "cmp rax, 35",
-            "jne 9f",
+            "cmp rcx, 21; jne 9f",
+            "cmp r11, 22; jne 9f",
+            "cmp rax, 35; jne 9f",
             "cmp qword ptr [rsp + 8], 0",
             "je 3f",
             "mov rsi, 0",
             "syscall",
-            "cmp rax, 0",
-            "jne 9f",
+            "cmp rax, 0; jne 9f",
             "mov rsi, [rsp + 8]",
             "3:",
-            "cmp rdi, [rsp]",
-            "jne 9f",
-            "cmp rsi, [rsp + 8]",
-            "jne 9f",
+            "cmp rdi, [rsp]; jne 9f",
+            "cmp rsi, [rsp + 8]; jne 9f",
             "mov rax, [rsp - 64]",
             "movq [rsp + 16], xmm7",
-            "cmp rax, [rsp + 16]",
-            "jne 9f",
+            "cmp rax, [rsp + 16]; jne 9f",
             "movq [rsp + 16], xmm15",
-            "cmp rax, [rsp + 16]",
-            "jne 9f",
-            "cmp rbx, 11",
-            "jne 9f",
-            "cmp rdx, 12",
-            "jne 9f",
-            "cmp rbp, 13",
-            "jne 9f",
-            "cmp r8, 14",
-            "jne 9f",
-            "cmp r9, 15",
-            "jne 9f",
-            "cmp r10, 16",
-            "jne 9f",
-            "cmp r12, 17",
-            "jne 9f",
-            "cmp r13, 18",
-            "jne 9f",
-            "cmp r14, 19",
-            "jne 9f",
+            "cmp rax, [rsp + 16]; jne 9f",
+            "cmp rbx, 11; jne 9f",
+            "cmp rdx, 12; jne 9f",
+            "cmp rbp, 13; jne 9f",
+            "cmp r8, 14; jne 9f",
+            "cmp r9, 15; jne 9f",
+            "cmp r10, 16; jne 9f",
+            "cmp r12, 17; jne 9f",
+            "cmp r13, 18; jne 9f",
+            "cmp r14, 19; jne 9f",
             "cmp r15, 20",
             "je 2b",
             "9:",
@@ -413,14 +396,22 @@ fn dies_at(work: impl FnOnce()) {
     assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGABRT, _)), "its work has failed: {status:?}");
 }
 
+/// Has a process borrow the leader of another one for an `errand`, of which it dies.
+fn dies_at_errand(
+    leader: HostPid,
+    dispositions: Dispositions,
+    errand: impl FnOnce(&Borrowed<'_>) -> Result<()>,
+) {
+    dies_at(|| {
+        let leader = stop(leader, Seize::Source);
+        Borrowed::lend(&leader, &footing_of(leader.tid(), dispositions), errand).unwrap();
+    });
+}
+
 #[test]
 fn what_was_left_behind_does_not_prevent_the_next_time() {
     let mut victim = Victim::start(Leader::Echoes);
-    let footing = footing_of(victim.process.pid, NOTHING_CAUGHT);
-    dies_at(|| {
-        let leader = stop(victim.process.pid, Seize::Source);
-        Borrowed::lend(&leader, &footing, |_| -> Result<()> { abort() }).unwrap();
-    });
+    dies_at_errand(victim.process.pid, NOTHING_CAUGHT, |_| abort());
     assert!(victim.check(Leader::Echoes));
     let_go(victim.run_scripts(NOTHING_CAUGHT).unwrap()).unwrap();
     assert!(victim.check(Leader::Echoes));
@@ -429,16 +420,11 @@ fn what_was_left_behind_does_not_prevent_the_next_time() {
 #[test]
 fn an_arena_is_unmapped_whatever_was_called_last() {
     let mut victim = Victim::start(Leader::Echoes);
-    let footing = footing_of(victim.process.pid, NOTHING_CAUGHT);
-    dies_at(|| {
-        let leader = stop(victim.process.pid, Seize::Source);
-        Borrowed::lend(&leader, &footing, |borrowed| {
-            borrowed.with_arena(1 << 16, |_| -> Result<()> {
-                borrowed.call("getpid", libc::SYS_getpid, [])?;
-                abort()
-            })
+    dies_at_errand(victim.process.pid, NOTHING_CAUGHT, |borrowed| {
+        borrowed.with_arena(1 << 16, |_| {
+            borrowed.call("getpid", libc::SYS_getpid, [])?;
+            abort()
         })
-        .unwrap();
     });
     assert!(victim.check(Leader::Echoes));
 }
@@ -473,32 +459,28 @@ fn a_thread_that_is_on_its_way_back_is_not_borrowed() {
 fn the_init_of_a_container_that_handles_most_signals_is_not_stopped_by_its_own() {
     let mut command = Command::new("unshare");
     let unshare = command.args(["--pid", "--fork", "--kill-child", "sleep", "1000"]).spawn();
-    let (unshare, end) = (KilledInTheEnd(unshare.unwrap()), Instant::now() + PATIENCE);
+    let (unshare, end) = (Sleeper(unshare.unwrap()), Instant::now() + PATIENCE);
     let children = format!("/proc/{0}/task/{0}/children", unshare.0.id());
     let read = |path: String| fs::read_to_string(path).unwrap_or_default();
-    let sleeps = |init: &i32| read(format!("/proc/{init}/syscall")).starts_with("230 ");
     let init = loop {
-        if let Some(init) = read(children.clone()).trim().parse().ok().filter(sleeps) {
-            break HostPid(init);
+        let child = read(children.clone()).trim().parse().ok().map(HostPid);
+        if let Some(init) = child.filter(|&child| sleeps(child)) {
+            break init;
         }
         assert!(Instant::now() < end, "it does not start");
         std::thread::yield_now();
     };
     let dispositions = Dispositions { caught: !(1 << (libc::SIGTTIN - 1)), is_init: true };
-    dies_at(|| {
-        let tracee = stop(init, Seize::Source);
-        let script = Script::new();
-        let run_and_die = |borrowed: &Borrowed<'_>| -> Result<()> {
-            borrowed.with_arena(1 << 16, |arena| {
-                let _running = borrowed.start(arena, arena.room().place(&script)?, &script)?;
-                // A stop that nobody has waited for: the kernel delivers the signal when the tracer dies.
-                while !read(format!("/proc/{init}/status")).contains("State:\tt") {
-                    std::thread::yield_now();
-                }
-                abort()
-            })
-        };
-        Borrowed::lend(&tracee, &footing_of(init, dispositions), run_and_die).unwrap();
+    let script = Script::new();
+    dies_at_errand(init, dispositions, |borrowed| {
+        borrowed.with_arena(1 << 16, |arena| {
+            let _running = borrowed.start(arena, arena.room().place(&script)?, &script)?;
+            // A stop that nobody has waited for: the kernel delivers the signal when the tracer dies.
+            while !read(format!("/proc/{init}/status")).contains("State:\tt") {
+                std::thread::yield_now();
+            }
+            abort()
+        })
     });
     let status = || read(format!("/proc/{init}/status"));
     while !status().contains("State:\tS") {
@@ -506,14 +488,4 @@ fn the_init_of_a_container_that_handles_most_signals_is_not_stopped_by_its_own()
         std::thread::yield_now();
     }
     assert!(!read(format!("/proc/{init}/maps")).contains("rwxp"));
-}
-
-struct KilledInTheEnd(Child);
-
-impl Drop for KilledInTheEnd {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -12,17 +12,15 @@ use std::sync::Arc;
 
 pub const ARENA: u64 = 64 * 1024;
 
-/// A sleeping process, killed when the test ends.
-struct Sleeper(Child);
+/// A process that sleeps, or whose child does. It is killed when the test ends.
+pub struct Sleeper(pub Child);
 
 impl Sleeper {
     fn start() -> Self {
-        let sleeper = Self(Command::new("sleep").arg("1000").spawn().unwrap());
-        while !std::fs::read_to_string(format!("/proc/{}/syscall", sleeper.pid()))
-            .unwrap()
-            .starts_with("230 ")
-        {
-            std::thread::yield_now(); // until it has reached clock_nanosleep
+        let mut sleeper = Self(Command::new("sleep").arg("1000").spawn().unwrap());
+        while !sleeps(sleeper.pid()) {
+            assert_eq!(sleeper.0.try_wait().unwrap(), None, "it has ended");
+            std::thread::yield_now();
         }
         sleeper
     }
@@ -61,6 +59,11 @@ impl Drop for Sleeper {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Whether it has reached `clock_nanosleep`.
+pub fn sleeps(pid: HostPid) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/syscall")).is_ok_and(|call| call.starts_with("230 "))
 }
 
 fn vdso_of(pid: HostPid) -> PageRange {
