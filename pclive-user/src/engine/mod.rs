@@ -22,6 +22,7 @@
 //! The frozen container's dirty pages travel as a round of their own, before the manifest that carries its state, because
 //! reading that state takes longer than finding the pages: the two overlap.
 
+pub mod awake;
 pub mod background;
 mod clock;
 pub mod destination;

@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 pub struct Manifest {
     /// The round whose pages belong to this layout.
     pub round: Round,
-    /// Taken after the freeze: every `state` is present, and no round follows.
+    /// Taken after the freeze: from here on every millisecond counts.
+    pub frozen: bool,
+    /// Every `state` is present, and no round follows.
     pub last: bool,
     /// How far placing these pages steps back behind other work of the destination, as a nice value; 0 after the freeze.
     pub nice: u8,

@@ -1,6 +1,7 @@
 //! The questions that `pclive check` asks a host.
 
 use crate::capture::{process::prepare_injection, vmas::find_vdso};
+use crate::engine::awake::Awake;
 use crate::host::{accesses_all_memory, has_capability};
 use crate::track::{Tier, programs::ObserveError};
 use anyhow::{Context, Result, bail, ensure};
@@ -69,6 +70,11 @@ pub const PROBES: &[Probe] = &[
     need("CAP_NET_ADMIN", "TCP connections and network links cannot be moved", || capability(12)),
     need("set_tid", "processes cannot get the ids that they had (clone3, Linux 5.5)", set_tid),
     want("CAP_SYS_NICE", "freezing competes with busy CPUs: milliseconds more blackout", || capability(23)),
+    want(
+        "processors awake",
+        "in the blackout threads wait for idle processors to wake up: up to some milliseconds in all",
+        processors_awake,
+    ),
     want("CAP_SYS_RESOURCE", "resource limits above pclive's own cannot be given to processes", || {
         capability(24)
     }),
@@ -208,6 +214,11 @@ fn tcp_repair() -> Result<String> {
     let socket = tcp_socket()?;
     tcp::Repair::enter(socket.as_fd()).context("enter repair mode")?.leave().context("leave repair mode")?;
     Ok("entered and left on a socket of pclive's own".into())
+}
+
+fn processors_awake() -> Result<String> {
+    Awake::keep().context("/dev/cpu_dma_latency")?;
+    Ok("idle ones can be kept from sleeping".into())
 }
 
 fn zerocopy() -> Result<String> {

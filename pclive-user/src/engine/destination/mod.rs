@@ -28,6 +28,7 @@ mod gate;
 
 pub use gate::PageError;
 
+use super::awake::Awake;
 use super::clock::Clock;
 use super::usage::{cpu_time, peak_rss_bytes};
 use crate::handoff::{self, DestinationAction, DestinationEvent, DestinationState, Reason};
@@ -270,6 +271,8 @@ struct Building<'a> {
     gate: Arc<Gate>,
     streams: Vec<Stream>,
     files: Option<OpenedFiles>,
+    /// While nobody runs the container.
+    awake: Option<Awake>,
 }
 
 /// A page stream and the thread that serves it.
@@ -298,7 +301,8 @@ impl<'a> Building<'a> {
         let placements = skeleton.placements();
         let gate = Arc::new(Gate::new(proposal.apply, proposal.restore_from, placements, failed));
         let (skeleton, streams) = (Some(skeleton), Vec::new());
-        let mut building = Self { runtime, bundle, clock, skeleton, links, gate, streams, files: None };
+        let (files, awake) = (None, None);
+        let mut building = Self { runtime, bundle, clock, skeleton, links, gate, streams, files, awake };
         for receiver in receivers {
             building.add_stream(receiver)?;
         }
@@ -321,7 +325,10 @@ impl<'a> Building<'a> {
         let last = loop {
             match self.recv(peer)? {
                 SourceMessage::Manifest(manifest) if manifest.last => break manifest,
-                SourceMessage::Manifest(manifest) => self.reconcile(&manifest, &mut peer.channel)?,
+                SourceMessage::Manifest(manifest) => {
+                    self.keep_awake(manifest.frozen);
+                    self.reconcile(&manifest, &mut peer.channel)?;
+                }
                 SourceMessage::RoundEnd(sent) => self.end_round(sent, peer)?,
                 SourceMessage::Commit | SourceMessage::Abort(_) | SourceMessage::Destroyed => {}
             }
@@ -335,6 +342,13 @@ impl<'a> Building<'a> {
             self.recv(peer)?;
         }
         self.resume(peer, received)
+    }
+
+    /// A freeze that fails ends with the next round.
+    fn keep_awake(&mut self, frozen: bool) {
+        if frozen != self.awake.is_some() {
+            self.awake = frozen.then(Awake::keep_if_possible).flatten();
+        }
     }
 
     /// The source's next message; or why its pages cannot be taken.
@@ -416,6 +430,7 @@ impl<'a> Building<'a> {
         let restore_us = received.elapsed().as_micros() as u64;
         peer.note(DestinationEvent::Running)?;
         self.clock.leave();
+        self.awake = None;
         // Before the report is dated: the clocks are joined by the time at which it was sent.
         let cpu = self.close_streams() + thread_cpu_time();
         let report = RunningReport {

@@ -9,6 +9,7 @@ use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
 use crate::capture::{Access, Obstacles};
+use crate::engine::awake::Awake;
 use crate::engine::clock::Clock;
 use crate::handoff::SourceEvent;
 use crate::policy::hot::HotPages;
@@ -32,6 +33,7 @@ pub(super) struct Frozen {
     /// Its sockets, once its state has been sent.
     pub(super) sockets: Option<SocketCapture>,
     pub(super) frozen_us: i64,
+    pub(super) awake: Option<Awake>,
 }
 
 /// The container runs at the destination.
@@ -60,11 +62,12 @@ impl Migration<'_> {
     /// One attempt. The inner error tells of states that pass; the container runs again then.
     fn try_freeze(&mut self) -> Result<Result<(), Vec<String>>, MigrateError> {
         self.note(SourceEvent::Freeze)?;
+        let awake = Awake::keep_if_possible();
         self.clock.enter("stop threads");
         let frozen_us = self.clock.now_us();
         let stopped = self.container.stop()?;
         let sent = self.send_frozen(&stopped);
-        let frozen = self.frozen.insert(Frozen { stopped, sockets: None, frozen_us });
+        let frozen = self.frozen.insert(Frozen { stopped, sockets: None, frozen_us, awake });
         match sent? {
             Ok(sockets) => {
                 frozen.sockets = Some(sockets);
@@ -109,7 +112,7 @@ impl Migration<'_> {
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
             self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
-        self.begin_round(layouts.clone(), 0)?;
+        self.begin_round(layouts.clone(), 0, true)?;
         self.sender.lift_limit();
         let (sender, before, round) = (&mut self.sender, &mut self.sent, self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
@@ -152,7 +155,8 @@ impl Migration<'_> {
         files: CapturedFiles,
     ) -> Result<SocketCapture, MigrateError> {
         let CapturedFiles { descriptions, tables, sockets, transient: _ } = files;
-        let mut manifest = Manifest { round: self.round, last: true, nice: 0, processes, descriptions };
+        let mut manifest =
+            Manifest { round: self.round, frozen: true, last: true, nice: 0, processes, descriptions };
         for (process, (_, table)) in manifest.processes.iter_mut().zip(tables) {
             if let Some(state) = &mut process.state {
                 state.fds = table;

@@ -310,11 +310,12 @@ impl Migration<'_> {
     /// The container runs at the destination: removes the copy here.
     fn destroy(&mut self) -> Result<(), MigrateError> {
         self.clock.enter("destroy");
-        if let Some(frozen) = self.frozen.take() {
-            if let Some(Err(error)) = frozen.sockets.map(|sockets| sockets.silence()) {
+        if let Some(Frozen { stopped, sockets, awake, frozen_us: _ }) = self.frozen.take() {
+            drop(awake);
+            if let Some(Err(error)) = sockets.map(|sockets| sockets.silence()) {
                 tracing::warn!("connections of the source's copy cannot be silenced: {error}");
             }
-            crate::capture::threads::kill_all(frozen.stopped);
+            crate::capture::threads::kill_all(stopped);
         }
         self.container.detach();
         let removed = self.runtime.delete(&self.options.container);

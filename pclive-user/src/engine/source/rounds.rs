@@ -80,7 +80,7 @@ impl Migration<'_> {
         let pids: Vec<NsPid> = layouts.iter().map(|layout| layout.pid).collect();
         let expected = expected.map_or_else(|| self.left_to_send(), Ok)?;
         self.progress.round(self.round, expected);
-        self.begin_round(layouts, nice)?;
+        self.begin_round(layouts, nice, false)?;
         self.hot.retain(|pid, _| pids.contains(pid));
         let mut dirty_pages = 0;
         let mut outgoing =
@@ -141,11 +141,17 @@ impl Migration<'_> {
     }
 
     /// Begins a round at the destination, which makes its skeleton equal to these processes.
-    pub(super) fn begin_round(&mut self, layouts: Vec<Process>, nice: u8) -> Result<(), MigrateError> {
+    pub(super) fn begin_round(
+        &mut self,
+        layouts: Vec<Process>,
+        nice: u8,
+        frozen: bool,
+    ) -> Result<(), MigrateError> {
         self.sent.reconciled(&layouts);
         let round = self.round;
         self.send_manifest(Manifest {
             round,
+            frozen,
             last: false,
             nice,
             processes: layouts,

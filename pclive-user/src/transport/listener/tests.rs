@@ -262,6 +262,7 @@ fn a_manifest_is_checked_on_arrival() {
     let (mut source, mut destination, _) = channels();
     let manifest = pclive_wire::manifest::Manifest {
         round: Round(0),
+        frozen: false,
         last: false,
         nice: 0,
         processes: Vec::new(),

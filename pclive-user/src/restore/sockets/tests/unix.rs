@@ -8,7 +8,15 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram, UnixListener, UnixStream};
 
 fn pair(lab: &Lab, kind: SockType) -> (OwnedFd, OwnedFd) {
-    lab.in_host(|| socketpair(AddressFamily::Unix, kind, None, SockFlag::empty()).unwrap())
+    lab.in_host(|| socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap())
+}
+
+/// Closes one end of a pair, for all who have it: another test's child has a copy until it executes its program.
+fn close(end: OwnedFd, other: &OwnedFd) {
+    drop(end);
+    while sockopt::poll_now(other.as_fd()).unwrap() & libc::POLLHUP == 0 {
+        std::thread::yield_now();
+    }
 }
 
 fn put(socket: &OwnedFd, message: &[u8]) {
@@ -71,7 +79,7 @@ fn closed_peers_and_half_closed_directions_stay_so() {
     let mut lab = Lab::new();
     let (a, gone) = pair(&lab, SockType::Stream);
     put(&gone, b"farewell");
-    drop(gone);
+    close(gone, &a);
     let (half, other) = pair(&lab, SockType::Stream);
     UnixStream::from(half.try_clone().unwrap()).shutdown(std::net::Shutdown::Write).unwrap();
     let [a, half, other] = moved(&mut lab, [a, half, other]);
