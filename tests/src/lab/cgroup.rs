@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -61,6 +62,9 @@ fn hierarchies() -> Result<Vec<PathBuf>> {
         .collect())
 }
 
+/// How long the kernel may take to free what the last processes of a cgroup had: gigabytes take seconds on a busy machine.
+const LAST_PROCESSES: Duration = Duration::from_secs(20);
+
 /// Removes a cgroup with those below it. Its files are the kernel's and need no removing.
 fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
     let entries = match fs::read_dir(cgroup) {
@@ -72,5 +76,14 @@ fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
             remove_tree(&entry.path())?;
         }
     }
-    fs::remove_dir(cgroup)
+    let start = Instant::now();
+    loop {
+        match fs::remove_dir(cgroup) {
+            // Its processes have ended for those who wait for them, but not yet for the cgroup.
+            Err(error) if error.kind() == ErrorKind::ResourceBusy && start.elapsed() < LAST_PROCESSES => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            removed => return removed,
+        }
+    }
 }
