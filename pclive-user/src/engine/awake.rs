@@ -1,4 +1,4 @@
-//! Idle processors stay awake in the blackout.
+//! Idle processors stay awake in a short blackout.
 //!
 //! An idle processor sleeps, and to wake it takes from some microseconds to hundreds, most of all in a virtual machine, where the
 //! host has to be asked. In the blackout the threads of pclive, of the container and of the other host wait for each other all

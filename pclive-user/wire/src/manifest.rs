@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct Manifest {
     /// The round whose pages belong to this layout.
     pub round: Round,
-    /// Taken after the freeze: from here on every millisecond counts.
-    pub frozen: bool,
+    /// The container stands still, and is to do so for a short time only: no processor of the destination is to sleep.
+    pub keep_awake: bool,
     /// Every `state` is present, and no round follows.
     pub last: bool,
     /// How far placing these pages steps back behind other work of the destination, as a nice value; 0 after the freeze.

@@ -324,9 +324,11 @@ impl<'a> Building<'a> {
     fn run(mut self, peer: &mut Peer) -> Result<u64, DestinationError> {
         let last = loop {
             match self.recv(peer)? {
-                SourceMessage::Manifest(manifest) if manifest.last => break manifest,
                 SourceMessage::Manifest(manifest) => {
-                    self.keep_awake(manifest.frozen);
+                    self.keep_awake(manifest.keep_awake);
+                    if manifest.last {
+                        break manifest;
+                    }
                     self.reconcile(&manifest, &mut peer.channel)?;
                 }
                 SourceMessage::RoundEnd(sent) => self.end_round(sent, peer)?,
@@ -345,9 +347,9 @@ impl<'a> Building<'a> {
     }
 
     /// A freeze that fails ends with the next round.
-    fn keep_awake(&mut self, frozen: bool) {
-        if frozen != self.awake.is_some() {
-            self.awake = frozen.then(Awake::keep_if_possible).flatten();
+    fn keep_awake(&mut self, awake: bool) {
+        if awake != self.awake.is_some() {
+            self.awake = awake.then(Awake::keep_if_possible).flatten();
         }
     }
 

@@ -62,7 +62,7 @@ impl Migration<'_> {
     /// One attempt. The inner error tells of states that pass; the container runs again then.
     fn try_freeze(&mut self) -> Result<Result<(), Vec<String>>, MigrateError> {
         self.note(SourceEvent::Freeze)?;
-        let awake = Awake::keep_if_possible();
+        let awake = self.is_short_blackout().then(Awake::keep_if_possible).flatten();
         self.clock.enter("stop threads");
         let frozen_us = self.clock.now_us();
         let stopped = self.container.stop()?;
@@ -79,6 +79,11 @@ impl Migration<'_> {
                 Ok(Err(transient))
             }
         }
+    }
+
+    /// Whether the container stands still only for what is left: not for all of its memory, in which processors may sleep.
+    fn is_short_blackout(&self) -> bool {
+        !self.options.mode.freezes_first()
     }
 
     /// Lets the container run on here. One thing that fails does not keep the others from being done.
@@ -112,7 +117,7 @@ impl Migration<'_> {
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
             self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
-        self.begin_round(layouts.clone(), 0, true)?;
+        self.begin_round(layouts.clone(), 0, self.is_short_blackout())?;
         self.sender.lift_limit();
         let (sender, before, round) = (&mut self.sender, &mut self.sent, self.round);
         let pages: Vec<(NsPid, LastPages)> = layouts.iter().map(|layout| layout.pid).zip(pages).collect();
@@ -156,7 +161,7 @@ impl Migration<'_> {
     ) -> Result<SocketCapture, MigrateError> {
         let CapturedFiles { descriptions, tables, sockets, transient: _ } = files;
         let mut manifest =
-            Manifest { round: self.round, frozen: true, last: true, nice: 0, processes, descriptions };
+            Manifest { round: self.round, keep_awake: true, last: true, nice: 0, processes, descriptions };
         for (process, (_, table)) in manifest.processes.iter_mut().zip(tables) {
             if let Some(state) = &mut process.state {
                 state.fds = table;

@@ -145,13 +145,13 @@ impl Migration<'_> {
         &mut self,
         layouts: Vec<Process>,
         nice: u8,
-        frozen: bool,
+        keep_awake: bool,
     ) -> Result<(), MigrateError> {
         self.sent.reconciled(&layouts);
         let round = self.round;
         self.send_manifest(Manifest {
             round,
-            frozen,
+            keep_awake,
             last: false,
             nice,
             processes: layouts,

@@ -117,7 +117,8 @@ fn another_version_is_told_ours() {
 fn strangers_are_shown_out_and_silent_ones_keep_nobody_waiting() {
     let server = Server::start(|mut incoming| accept(&mut incoming));
     let _silent = TcpStream::connect(server.address).unwrap();
-    for greeting in [&b"GET / HTTP/1.0\r\n\r\n"[..], b"PCLV\x01\x00\x00\x00\xff\xff\xff\x7f"] {
+    let endless = [&b"PCLV"[..], &codec::VERSION.to_le_bytes(), b"\x00\x00\xff\xff\xff\x7f"].concat();
+    for greeting in [&b"GET / HTTP/1.0\r\n\r\n"[..], &endless] {
         let mut stream = TcpStream::connect(server.address).unwrap();
         stream.write_all(greeting).unwrap();
         // End or reset, according to whether everything had been read.
@@ -262,7 +263,7 @@ fn a_manifest_is_checked_on_arrival() {
     let (mut source, mut destination, _) = channels();
     let manifest = pclive_wire::manifest::Manifest {
         round: Round(0),
-        frozen: false,
+        keep_awake: false,
         last: false,
         nice: 0,
         processes: Vec::new(),

@@ -108,7 +108,7 @@ fn good() -> Manifest {
     };
     Manifest {
         round: Round(4),
-        frozen: true,
+        keep_awake: true,
         last: true,
         nice: 0,
         processes: vec![process(1, 0, &[(0, 0), (3, 2), (4, 3), (5, 1)]), process(7, 1, &[(0, 0), (3, 4)])],
