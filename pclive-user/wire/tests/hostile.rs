@@ -59,7 +59,7 @@ fn decoding_costs_no_more_than_it_may() {
 fn the_longest_lists_of_the_shortest_elements() {
     const ELEMENTS: u32 = 1 << 20;
     let count = postcard::to_stdvec(&ELEMENTS).unwrap();
-    // SourceMessage::Manifest of round 0, without haste, not the last, with nice value 0.
+    // SourceMessage::Manifest of round 0, keeping nobody awake, not the last, with nice value 0.
     let manifest = vec![0, 0, 0, 0, 0];
     // One process: four ids, exe "", eleven addresses, auxv "".
     let process = [&[1][..], &[0; 4], &[0], &[0; 11], &[0]].concat();
