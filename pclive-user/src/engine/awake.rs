@@ -26,9 +26,10 @@ impl Awake {
         Ok(Self { _request: request })
     }
 
-    /// The same, where that can be done.
-    pub fn keep_if_possible() -> Option<Self> {
-        Self::keep().inspect_err(|error| tracing::debug!("idle processors may sleep: {error}")).ok()
+    /// The same if it is `wanted`, where that can be done.
+    pub fn keep_if(wanted: bool) -> Option<Self> {
+        let keep = || Self::keep().inspect_err(|error| tracing::debug!("idle processors may sleep: {error}"));
+        wanted.then(keep)?.ok()
     }
 }
 

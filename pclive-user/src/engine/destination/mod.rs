@@ -349,7 +349,7 @@ impl<'a> Building<'a> {
     /// A freeze that fails ends with the next round.
     fn keep_awake(&mut self, awake: bool) {
         if awake != self.awake.is_some() {
-            self.awake = awake.then(Awake::keep_if_possible).flatten();
+            self.awake = Awake::keep_if(awake);
         }
     }
 

@@ -62,7 +62,7 @@ impl Migration<'_> {
     /// One attempt. The inner error tells of states that pass; the container runs again then.
     fn try_freeze(&mut self) -> Result<Result<(), Vec<String>>, MigrateError> {
         self.note(SourceEvent::Freeze)?;
-        let awake = self.is_short_blackout().then(Awake::keep_if_possible).flatten();
+        let awake = Awake::keep_if(self.is_short_blackout());
         self.clock.enter("stop threads");
         let frozen_us = self.clock.now_us();
         let stopped = self.container.stop()?;
