@@ -3,10 +3,11 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+use crate::patience::wait_until_none;
 
 /// Where cgroup hierarchies are mounted.
 const CGROUP_DIR: &str = "/sys/fs/cgroup";
@@ -62,11 +63,8 @@ fn hierarchies() -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// How long the kernel may take to free what the last processes of a cgroup had: gigabytes take seconds on a busy machine.
-const LAST_PROCESSES: Duration = Duration::from_secs(20);
-
 /// Removes a cgroup with those below it. Its files are the kernel's and need no removing.
-fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
+fn remove_tree(cgroup: &Path) -> Result<()> {
     let entries = match fs::read_dir(cgroup) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries?,
@@ -76,14 +74,9 @@ fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
             remove_tree(&entry.path())?;
         }
     }
-    let start = Instant::now();
-    loop {
-        match fs::remove_dir(cgroup) {
-            // Its processes have ended for those who wait for them, but not yet for the cgroup.
-            Err(error) if error.kind() == ErrorKind::ResourceBusy && start.elapsed() < LAST_PROCESSES => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            removed => return removed,
-        }
-    }
+    // Processes may have ended for those who wait for them, but not yet for their cgroup: to free gigabytes takes seconds.
+    wait_until_none(|| match fs::remove_dir(cgroup) {
+        Err(busy) if busy.kind() == ErrorKind::ResourceBusy => Ok(vec![busy]),
+        removed => Ok(removed.map(|()| Vec::new())?),
+    })
 }
