@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use pclive_sys::pidfd::pidfd_open;
 use pclive_wire::manifest::{Description, DescriptionKind};
 use pclive_wire::{HostPid, NsPid};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
@@ -40,8 +40,12 @@ pub(crate) struct Holder {
 
 impl Holder {
     /// Runs `script`, which prints the pids of its children in its last line, and stops all of them.
+    ///
+    /// Its standard error is its own: that of the tests may be a file, which grows while it is captured.
     pub fn run(script: &str) -> Self {
-        Self::spawn(Command::new("python3"), script)
+        let mut command = Command::new("python3");
+        command.stderr(Stdio::piped());
+        Self::spawn(command, script)
     }
 
     /// As `run`, with another way to start Python.
@@ -58,7 +62,11 @@ impl Holder {
         let mut ready = String::new();
         let stdout = child.stdout.as_mut().expect("stdout is a pipe");
         BufReader::new(stdout).read_line(&mut ready).expect("python3 says it is ready");
-        assert!(ready.ends_with('\n'), "the script failed");
+        if !ready.ends_with('\n') {
+            let mut error = String::new();
+            child.stderr.as_mut().map(|stderr| stderr.read_to_string(&mut error));
+            panic!("the script failed: {error}");
+        }
         let children =
             ready.split_whitespace().filter_map(|word| word.parse().ok()).filter(|&pid: &i32| pid > 1);
         let pids: Vec<i32> = std::iter::once(child.id() as i32).chain(children).collect();
