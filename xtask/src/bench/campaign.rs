@@ -44,14 +44,17 @@ pub struct Campaign<'a> {
 }
 
 impl Campaign<'_> {
-    /// Measures everything that is feasible and hands the results to `keep` after each measurement.
+    /// Measures everything that is feasible and not among the results yet, and hands them to `keep` after each measurement.
     ///
     /// # Errors
     /// Those of `keep`. A migration that fails is part of the results; an interrupt just ends it early.
     pub fn carry_out(&self, results: &mut Results, keep: impl Fn(&Results) -> Result<()>) -> Result<()> {
-        let cells = |group: &Measured| group.cells.iter().filter(|cell| cell.obstacle.is_none()).count();
+        let due = |group: &Measured| {
+            let due = |turn| group.cells.iter().filter(|cell| cell.is_due(turn)).count();
+            (1..=self.repeat).map(due).sum::<usize>()
+        };
         let feasible = results.groups.iter().filter(|group| group.is_feasible());
-        let mut progress = Progress::new(feasible.map(cells).sum::<usize>() * self.repeat);
+        let mut progress = Progress::new(feasible.map(due).sum());
         for number in 0..results.groups.len() {
             if !results.groups[number].is_feasible() {
                 continue;
@@ -64,7 +67,7 @@ impl Campaign<'_> {
                         return Ok(());
                     }
                     let group = &mut results.groups[number];
-                    if group.cells[cell].obstacle.is_none() {
+                    if group.cells[cell].is_due(turn) {
                         progress.next(&group.name, &group.cells[cell].name, turn);
                         self.measure_cell(group, cell, turn);
                         keep(results)?;

@@ -69,6 +69,9 @@ pub fn bench(options: &Options) -> Result<()> {
     let directory = Directory::new(&options.out)?;
     let provenance = Provenance::here(options.repeat(), most_memory(&groups))?;
     let mut results = Results { provenance, groups, ablations: options.ablations().to_vec() };
+    if options.resume {
+        results.go_on_from(directory.load()?)?;
+    }
     let campaign = Campaign { programs: &programs, criu, repeat: options.repeat(), margin: options.margin() };
     campaign.carry_out(&mut results, |results| directory.keep(results))?;
     show(&results, &directory)?;
@@ -100,7 +103,10 @@ fn show(results: &Results, directory: &Directory) -> Result<()> {
 /// Whether anything came out.
 fn conclude(results: &Results) -> Result<()> {
     if interrupt::requested() {
-        bail!("interrupted: the results are those of the measurements that were complete");
+        bail!(
+            "interrupted: the results are those of the measurements that were complete; with --resume the same command \
+             goes on with them"
+        );
     }
     let mut cells = results.groups.iter().flat_map(|group| &group.cells);
     ensure!(

@@ -47,6 +47,9 @@ pub struct Options {
     /// List what would be measured and how long it takes, and measure nothing
     #[arg(long)]
     pub list: bool,
+    /// Go on with the results in --out, where this same command was broken off; what failed there is tried again
+    #[arg(long, conflicts_with_all = ["list", "redraw"])]
+    pub resume: bool,
     /// Draw the tables and pictures of the results in --out again, and measure nothing
     #[arg(long)]
     pub redraw: bool,

@@ -1,5 +1,6 @@
 //! Everything that was measured.
 
+use anyhow::{Result, ensure};
 use pclive_tests::load::LoadReport;
 use pclive_tests::pclive::TrackReport;
 use serde::{Deserialize, Serialize};
@@ -65,7 +66,53 @@ pub struct Run {
     pub usage: Vec<Sample>,
 }
 
+impl Results {
+    /// Takes over what an invocation that was broken off has measured of the same.
+    ///
+    /// # Errors
+    /// When it was to measure something else, or measured other sources or on another machine: no picture shows both.
+    pub fn go_on_from(&mut self, earlier: Results) -> Result<()> {
+        let (now, then) = (&self.provenance, &earlier.provenance);
+        ensure!(
+            now.repeat == then.repeat
+                && self.ablations == earlier.ablations
+                && self
+                    .groups
+                    .iter()
+                    .map(Measured::selected)
+                    .eq(earlier.groups.iter().map(Measured::selected)),
+            "the results are of another selection: resume {:?} with its own options, or choose another --out",
+            then.command
+        );
+        ensure!(
+            now.revision == then.revision,
+            "the results are of revision {}, and this is {}: check that one out to resume them",
+            then.revision,
+            now.revision
+        );
+        ensure!(
+            (&now.kernel, &now.cpu, now.cpus) == (&then.kernel, &then.cpu, then.cpus),
+            "the results are of another machine or kernel ({}, {} × {})",
+            then.kernel,
+            then.cpus,
+            then.cpu
+        );
+        for (group, earlier) in self.groups.iter_mut().zip(earlier.groups) {
+            for (cell, earlier) in group.cells.iter_mut().zip(earlier.cells) {
+                (cell.runs, cell.failures) = (earlier.runs, earlier.failures);
+            }
+        }
+        self.provenance = earlier.provenance;
+        Ok(())
+    }
+}
+
 impl Measured {
+    /// What was chosen to be measured.
+    fn selected(&self) -> (&Setting, Vec<&Mover>) {
+        (&self.setting, self.cells.iter().map(|cell| &cell.mover).collect())
+    }
+
     /// Nothing measured yet; `obstacle` tells why a mover cannot be.
     pub fn new(group: &Group, obstacle: impl Fn(&Setting, &Mover) -> Option<String>) -> Self {
         let setting = group.setting.clone();
@@ -106,8 +153,42 @@ impl Run {
 }
 
 impl Cell {
+    /// Whether it is to be measured in this turn: possible, and not done yet.
+    pub fn is_due(&self, turn: usize) -> bool {
+        self.obstacle.is_none() && self.runs.iter().all(|run| run.turn != turn)
+    }
+
     /// What the mover's tracker was, if it was measured and has one.
     pub fn tracker(&self) -> Option<&str> {
         self.runs.iter().find_map(Run::tracker).filter(|tracker| !tracker.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::matrix::{Mode, Workload};
+    use super::*;
+
+    fn results(size_mib: u64, revision: &str) -> Results {
+        let provenance = Provenance { revision: revision.into(), ..Provenance::here(1, 0).unwrap() };
+        let setting = Setting::new(Workload::Idle, size_mib, 0);
+        let group = Group { setting, movers: vec![Mover::mode(Mode::PcliveG)] };
+        Results { provenance, groups: vec![Measured::new(&group, |_, _| None)], ablations: Vec::new() }
+    }
+
+    #[test]
+    fn only_the_same_is_resumed() {
+        let earlier = || {
+            let mut earlier = results(128, "a");
+            earlier.groups[0].cells[0].failures.push("no luck".into());
+            earlier
+        };
+        let mut resumed = results(128, "a");
+        resumed.go_on_from(earlier()).unwrap();
+        assert_eq!(resumed.groups[0].cells[0].failures, ["no luck"]);
+        for mut other in [results(256, "a"), results(128, "b")] {
+            other.go_on_from(earlier()).unwrap_err();
+            assert!(other.groups[0].cells[0].failures.is_empty());
+        }
     }
 }
