@@ -1,7 +1,7 @@
 //! What belongs to a whole process: signal actions, timers, limits, bounds of the address space.
 
 use super::SourceProcess;
-use super::proc::{self, ProcError, Stat};
+use super::proc::{self, ProcError, Stat, Status};
 use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
 use nix::sched::CpuSet;
@@ -94,8 +94,9 @@ pub fn capture_running_layout(
     vmas: &mut VmaReader,
 ) -> Result<Process, ProcessError> {
     let pid = process.pid;
+    let fd_size = Status::of_process(pid)?.fd_size;
     for _ in 0..LAYOUT_ATTEMPTS {
-        let layout = capture_layout(process, parent, threads.to_vec(), vmas)?;
+        let layout = capture_layout(process, parent, threads.to_vec(), fd_size, vmas)?;
         let stat = Stat::of(pid)?;
         let bounds = (stat.start_code, stat.start_stack, stat.arg_start);
         let mm = &layout.mm;
@@ -112,6 +113,7 @@ pub fn capture_layout(
     process: &SourceProcess,
     parent: NsPid,
     threads: Vec<Thread>,
+    fd_size: u32,
     vmas: &mut VmaReader,
 ) -> Result<Process, ProcessError> {
     let pid = process.pid;
@@ -142,6 +144,7 @@ pub fn capture_layout(
         mm,
         vmas,
         threads,
+        fd_size,
         state: None,
     })
 }

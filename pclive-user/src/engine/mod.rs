@@ -26,6 +26,7 @@ pub mod awake;
 pub mod background;
 mod clock;
 pub mod destination;
+mod fd_table;
 pub mod report;
 pub mod source;
 mod usage;

@@ -13,6 +13,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 /// Most descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
+/// The limit of open files, as an argument of a call.
+const OPEN_FILES: u64 = libc::RLIMIT_NOFILE as u64;
+/// Where `struct msghdr` has its flags.
+const MSG_FLAGS: usize = 48;
 
 /// The highest number that the process uses; -1 for none.
 fn highest(table: &[FdEntry]) -> i32 {
@@ -23,6 +27,32 @@ fn highest(table: &[FdEntry]) -> i32 {
 pub fn spare_fds(table: &[FdEntry]) -> (i32, i32) {
     let first = highest(table).max(2) + 1;
     (first, first + 1)
+}
+
+/// The script that asks for the limit of open files, and where the answer will be: the soft limit, the hard one.
+pub fn limit_script() -> (Script, DataRef) {
+    let mut script = Script::new();
+    let limit = script.room(16);
+    let args: [Arg; 4] = [0.into(), OPEN_FILES.into(), 0.into(), limit.into()];
+    script.call("prlimit64", libc::SYS_prlimit64, args);
+    (script, limit)
+}
+
+/// The script that lifts the soft limit of open files to the hard one, and has the table hold `size` descriptors, as far as
+/// that allows. A table never shrinks.
+pub fn room_script(hard: u64, size: u32) -> Script {
+    let allowed = hard.min(size.into());
+    let mut script = Script::new();
+    let lifted = script.data(&[hard, hard].map(u64::to_ne_bytes).concat());
+    let args: [Arg; 4] = [0.into(), OPEN_FILES.into(), lifted.into(), 0.into()];
+    script.call("prlimit64", libc::SYS_prlimit64, args);
+    let some = script.call("eventfd2", libc::SYS_eventfd2, [0.into(), 0.into()]);
+    let args: [Arg; 3] = [some.into(), libc::F_DUPFD.into(), allowed.saturating_sub(1).into()];
+    let last = script.call("fcntl(F_DUPFD)", libc::SYS_fcntl, args);
+    for fd in [last, some] {
+        script.call("close", libc::SYS_close, [fd.into()]);
+    }
+    script
 }
 
 /// The script that makes the socketpair: returns it with the place where both ends' numbers will be.
@@ -56,9 +86,9 @@ pub fn send<'fd>(
     Ok(())
 }
 
-/// The script that empties the table and receives the files. `keep` is the process's end of the socketpair, `socket_at`
-/// where it is kept meanwhile.
-pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> Script {
+/// The script that empties the table and receives the files, and where [`arrived`] will see whether it did. `keep` is the
+/// process's end of the socketpair, `socket_at` where it is kept meanwhile.
+pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> (Script, Vec<DataRef>) {
     let mut script = Script::new();
     if keep != socket_at {
         script.call("dup3", libc::SYS_dup3, [keep.into(), socket_at.into(), libc::O_CLOEXEC.into()]);
@@ -66,9 +96,10 @@ pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> Script {
     close_range(&mut script, 0, (socket_at - 1) as u32);
     close_range(&mut script, (socket_at + 1) as u32, u32::MAX);
     let total = (highest(table) + 1) as usize;
-    for batch in 0..total.div_ceil(BATCH) {
-        receive_batch(&mut script, socket_at, BATCH.min(total - batch * BATCH));
-    }
+    let batches = 0..total.div_ceil(BATCH);
+    let headers = batches
+        .map(|batch| receive_batch(&mut script, socket_at, BATCH.min(total - batch * BATCH)))
+        .collect();
     close_range(&mut script, socket_at as u32, socket_at as u32);
     let mut wanted = vec![None; total];
     for entry in table {
@@ -84,7 +115,13 @@ pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> Script {
             Some(false) => {}
         }
     }
-    script
+    (script, headers)
+}
+
+/// Whether all files of a batch arrived: the kernel leaves those out that a security module refuses, and says so here only.
+pub fn arrived(header: &[u8]) -> bool {
+    let flags = header[MSG_FLAGS..].first_chunk().map(|flags| i32::from_ne_bytes(*flags));
+    flags.is_some_and(|flags| flags & libc::MSG_CTRUNC == 0)
 }
 
 /// What the process adds to its epoll sets.
@@ -151,7 +188,8 @@ fn control(script: &mut Script, epoll: i32, how: i32, target: EpollTarget) {
     script.call(format!("epoll_ctl({epoll}, {how}, {})", target.fd), libc::SYS_epoll_ctl, args);
 }
 
-fn receive_batch(script: &mut Script, socket: i32, count: usize) {
+/// Returns the place of the message's header.
+fn receive_batch(script: &mut Script, socket: i32, count: usize) -> DataRef {
     let byte = script.room(1);
     let iov = script.data(&[0u64.to_ne_bytes(), 1u64.to_ne_bytes()].concat());
     script.pointer(iov, 0, byte);
@@ -165,6 +203,7 @@ fn receive_batch(script: &mut Script, socket: i32, count: usize) {
     script.pointer(header, 32, control);
     let args: [Arg; 3] = [socket.into(), header.into(), 0.into()];
     script.call_expecting("recvmsg", libc::SYS_recvmsg, args, pclive_sys::script::Expect::Exactly(1));
+    header
 }
 
 fn close_range(script: &mut Script, first: u32, last: u32) {

@@ -177,6 +177,8 @@ impl Skeleton {
     fn reconcile_process(&mut self, process: &Process) -> Result<(), SkeletonError> {
         let pid = process.pid;
         let parked = self.processes.get_mut(&pid).expect("made before");
+        // Before there are threads that share the table: see `make_room_for_descriptors`.
+        within(pid, parked.make_room_for_descriptors(process.fd_size))?;
         within(pid, parked.reconcile_threads(process))?;
         let mut placements = self.placements.write().expect("no thread panics while it places pages");
         let placement = match placements.entry(pid) {

@@ -14,7 +14,7 @@
 use serde::{Serialize, de::DeserializeOwned};
 
 /// The protocol's version. There is one: both hosts run the same release.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 12;
 const MAGIC: [u8; 4] = *b"PCLV";

@@ -30,6 +30,8 @@ pub const MAX_THREADS: usize = 16384;
 pub const MAX_VMAS: usize = 1 << 19;
 /// Open file descriptions of one container.
 pub const MAX_DESCRIPTIONS: usize = 1 << 18;
+/// Descriptors that room is made for in one table before they come: half a MiB of pointers.
+pub const MAX_FD_ROOM: u32 = 1 << 16;
 /// Bytes of a path, the NUL that the kernel adds included (`PATH_MAX`).
 pub const MAX_PATH: usize = 4096;
 /// Bytes of a container's name; it becomes a directory name.

@@ -50,3 +50,9 @@ fn with_tracker_tracepoint() -> Result<()> {
     assert_eq!(report.tracker, "tracepoint");
     Ok(())
 }
+
+/// More than one descriptor table holds before it has to grow: pclive's at both hosts, and the container's own.
+#[test]
+fn with_hundreds_of_connections() -> Result<()> {
+    move_under_load(&LoadSpec { connections: 400, ..redis() }, &[]).map(drop)
+}

@@ -163,6 +163,8 @@ pub struct Status {
     pub no_new_privs: bool,
     /// Signals that the process has handlers for.
     pub caught: u64,
+    /// How many descriptors the table can hold without growing; 0 of a process that has ended.
+    pub fd_size: u32,
 }
 
 impl Status {
@@ -186,7 +188,7 @@ impl Status {
     /// # Errors
     /// The field that is missing or unknown.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
-        const FIELDS: [&str; 15] = [
+        const FIELDS: [&str; 16] = [
             "Umask",
             "PPid",
             "Uid",
@@ -202,6 +204,7 @@ impl Status {
             "CapAmb",
             "NoNewPrivs",
             "SigCgt",
+            "FDSize",
         ];
         let mut values = [None; FIELDS.len()];
         for (name, value) in text.lines().filter_map(|line| line.split_once(':')) {
@@ -225,6 +228,7 @@ impl Status {
             amb,
             no_new_privs,
             caught,
+            fd_size,
         ] = values;
         Ok(Self {
             parent: HostPid(number(parent.ok_or("PPid")?, "PPid")?),
@@ -242,6 +246,7 @@ impl Status {
             ambient: mask(amb, "CapAmb")?,
             no_new_privs: no_new_privs == Some("1"),
             caught: mask(caught, "SigCgt")?,
+            fd_size: number(fd_size.ok_or("FDSize")?, "FDSize")?,
         })
     }
 }

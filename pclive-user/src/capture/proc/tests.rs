@@ -58,6 +58,7 @@ fn status_is_parsed_as_proc_pid_status_shows_it() {
         ambient: 0x400,
         no_new_privs: true,
         caught: 0x1_8001_4a07,
+        fd_size: 64,
     };
     assert_eq!(status, expected);
 }
@@ -71,7 +72,7 @@ fn status_may_lack_what_the_kernel_leaves_out_and_nothing_else() {
     assert_eq!(without("Umask").unwrap().umask, None);
     assert_eq!(without("NSpid").unwrap().ns_pid, None);
     assert!(!without("NoNewPrivs").unwrap().no_new_privs);
-    for name in ["PPid", "Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+    for name in ["PPid", "Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "FDSize"] {
         assert_eq!(without(name).unwrap_err(), name);
     }
     let outside = Status::parse(&STATUS.replace("11037\t1\n", "11037\n").replace("4 24 27 ", " ")).unwrap();

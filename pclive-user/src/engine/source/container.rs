@@ -47,6 +47,8 @@ pub type LastPages = (Arc<ProcessMemory>, Dirty);
 struct Live {
     vmas: VmaReader,
     tracked: Option<TrackedProcess>,
+    /// That of the descriptor table, in the last round.
+    fd_size: u32,
 }
 
 impl Live {
@@ -63,6 +65,7 @@ impl Live {
         loop {
             let threads = running_threads(pid)?;
             let layout = capture_running_layout(process, parent, &threads, &mut self.vmas).map_err(at)?;
+            self.fd_size = layout.fd_size;
             let tracked = match &mut self.tracked {
                 Some(tracked) => tracked,
                 none => {
@@ -90,7 +93,7 @@ impl Live {
     ) -> Result<(Process, LastPages), ContainerError> {
         let pid = process.pid;
         let track = |source| ContainerError::Track { pid, source };
-        let layout = capture_layout(process, parent, threads, &mut self.vmas)
+        let layout = capture_layout(process, parent, threads, self.fd_size, &mut self.vmas)
             .map_err(|source| ContainerError::Process { pid, source })?;
         loop {
             let tracked = match &mut self.tracked {
@@ -167,7 +170,7 @@ impl Container {
         let alive: HashSet<HostPid> = self.processes.iter().map(|process| process.pid).collect();
         self.live.retain(|pid, _| alive.contains(pid));
         for process in &self.processes {
-            let vmas = || Live { vmas: VmaReader::new(process.pid), tracked: None };
+            let vmas = || Live { vmas: VmaReader::new(process.pid), tracked: None, fd_size: 0 };
             self.live.entry(process.pid).or_insert_with(vmas);
         }
         Ok(())

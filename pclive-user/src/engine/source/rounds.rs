@@ -3,6 +3,7 @@
 use super::pages::Outgoing;
 use super::{MigrateError, Migration, STEP};
 use crate::engine::background::Background;
+use crate::engine::fd_table::make_room;
 use crate::engine::report::RoundReport;
 use crate::handoff::SourceEvent;
 use crate::policy::bandwidth::Bandwidth;
@@ -148,6 +149,7 @@ impl Migration<'_> {
         keep_awake: bool,
     ) -> Result<(), MigrateError> {
         self.sent.reconciled(&layouts);
+        make_room(&layouts);
         let round = self.round;
         self.send_manifest(Manifest {
             round,

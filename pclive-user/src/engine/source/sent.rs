@@ -126,6 +126,7 @@ mod tests {
                 mm,
                 vmas,
                 threads,
+                fd_size: 64,
                 state: None,
             }]);
             let digests = sent.of(PID).unwrap().sending(&[range(10, 1)]).unwrap();

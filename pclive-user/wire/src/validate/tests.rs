@@ -66,6 +66,7 @@ fn process(pid: i32, ppid: i32, fds: &[(i32, u32)]) -> Process {
         mm: MmBounds { auxv: vec![0; 320], ..Default::default() },
         vmas: vec![vma(16, 2, file), vma(18, 4, Backing::Anonymous), vma(99, 8, shared)],
         threads: vec![thread(pid), thread(pid + 1)],
+        fd_size: 64,
         state: Some(Box::new(state)),
     }
 }

@@ -170,17 +170,17 @@ impl Tree {
         let start = Instant::now();
         let stuck = loop {
             let now = self.counters();
-            let stuck: Vec<_> = before.iter().zip(&now).filter(|(before, now)| now.1 <= before.1).collect();
+            let stands_still = |(before, now): &(&(_, u64), &(_, u64))| now.1 <= before.1;
+            let stuck: Vec<_> =
+                before.iter().zip(&now).filter(stands_still).map(|(before, _)| *before).collect();
             if stuck.is_empty() || start.elapsed() > PATIENCE {
-                break stuck
-                    .iter()
-                    .map(|((name, count), _)| format!("{name} stands still at {count}"))
-                    .collect();
+                break stuck;
             }
             std::thread::sleep(Duration::from_millis(10));
         };
-        let stuck: Vec<String> = stuck;
-        stuck.iter().for_each(|counter| findings.add(counter));
+        for (name, count) in stuck {
+            findings.add(format!("{name} stands still at {count}{}", threads::seen_by_kernel(name)));
+        }
         self.checks += 1;
         Answer::new(findings.into_list(), || {
             let counters =

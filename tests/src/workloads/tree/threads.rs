@@ -16,6 +16,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{Pid, gettid, pipe};
 use std::cell::Cell;
+use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -226,6 +227,18 @@ impl Threads {
         })?;
         self.repeat("sleep", None, move || sleeping.hold(Meanwhile::Sleep(time)))
     }
+}
+
+/// What the kernel says of the thread of that name, if there is one: why it stands still.
+pub fn seen_by_kernel(name: &str) -> String {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
+    let mut named =
+        tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim_end() == name));
+    named.next().map_or_else(String::new, |task| {
+        let [stat, call, place] =
+            ["stat", "syscall", "wchan"].map(|file| fs::read_to_string(task.join(file)).unwrap_or_default());
+        format!(" (stat: {}; call: {}; in {place})", stat.trim_end(), call.trim_end())
+    })
 }
 
 /// A call with a timeout: it must not return before.
