@@ -1,4 +1,4 @@
-//! eBPF programs that watch one container: its write faults, its address-space changes, its processes.
+//! eBPF programs that watch one container: its write faults, its address-space changes, its processes, its sockets.
 //!
 //! The container is a cgroup v2 directory with everything below it, put into a map by the user side before it
 //! attaches anything. Every program reports through `events`; what does not fit is counted there, never forgotten.
@@ -12,6 +12,7 @@ mod events;
 mod faults;
 mod kernel;
 mod processes;
+mod sockets;
 
 #[cfg(not(test))]
 #[panic_handler]

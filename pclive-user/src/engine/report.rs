@@ -16,6 +16,8 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// What eBPF saw during the rounds; zeros in the tier that only scans.
     pub observed: Observed,
+    /// TCP sockets whose options had been read before the freeze, and had not changed in it: where eBPF notices `setsockopt(2)`.
+    pub sockets_known: u64,
     /// Pages that were zero and travelled without contents.
     pub zero_pages: u64,
     /// Bytes sent on the page streams.

@@ -6,6 +6,7 @@ pub mod digests;
 pub mod heat;
 mod last_look;
 pub mod observer;
+pub mod option_watch;
 pub mod programs;
 pub mod tier;
 

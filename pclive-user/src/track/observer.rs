@@ -9,6 +9,7 @@
 //! writes cannot push out the news of a fork. Lost writes are answered by a scan, lost changes by reading the process
 //! list and the maps again.
 
+use super::option_watch::StoredMarks;
 use super::programs::{Attached, ObserveError, Programs, map, of_map};
 use crate::runtime::Cgroup;
 use nix::time::{ClockId, clock_gettime};
@@ -100,6 +101,11 @@ impl WriteObserver {
     /// Watches a container by these programs.
     pub fn attach(programs: Programs, container: &Cgroup) -> Result<Self> {
         Ok(Self { attached: programs.attach(container)?, lost_before: Lost::default() })
+    }
+
+    /// What notices that options of the container's sockets are set; once, and only where the kernel has it.
+    pub fn take_option_watch(&mut self) -> Option<StoredMarks> {
+        self.attached.options.take()
     }
 
     /// Everything seen since the last call. Never waits.

@@ -4,11 +4,12 @@
 //! processor. So programs are loaded once: those with which a tier was tried are those that are attached.
 
 use super::btf;
+use super::option_watch::StoredMarks;
 use crate::runtime::{Cgroup, CgroupError};
 use aya::{
     Btf, Ebpf, EbpfError, EbpfLoader,
     maps::{CgroupArray, HashMap, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{FEntry, ProgramError, RawTracePoint},
+    programs::{CgroupAttachMode, CgroupSockopt, FEntry, ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
 use pclive_wire::HostPid;
@@ -23,6 +24,7 @@ pub(super) mod map {
     pub const LOST: &str = "LOST";
     pub const CONTAINER: &str = "CONTAINER";
     pub const PROCESSES: &str = "PROCESSES";
+    pub const OPTIONS_READ: &str = "OPTIONS_READ";
 }
 
 /// Globals of the object that hold offsets in kernel structures.
@@ -39,6 +41,8 @@ const OFFSETS: [(&str, &str, &str); 6] = [
 const PROCESS_PROGRAMS: [&str; 3] = ["sched_process_fork", "sched_process_exec", "sched_process_exit"];
 /// The raw tracepoint behind which address spaces have changed.
 const ADDRESS_SPACE_PROGRAM: &str = "sys_exit";
+/// The hook of the cgroup that sees options of sockets being set (Linux 5.3).
+const OPTIONS_PROGRAM: &str = "setsockopt";
 const FAULT_TRACEPOINTS: [&str; 2] = ["page_fault_user", "page_fault_kernel"];
 pub(super) const FAULT_FUNCTION: &str = "handle_mm_fault";
 
@@ -173,12 +177,13 @@ impl ProgramLoader {
             .load(OBJECT)
             .map_err(ObserveError::Maps)?;
         let log = EbpfLogger::init(&mut ebpf).map_err(ObserveError::Log)?;
-        let mut programs = Programs { ebpf, source, watch, log };
+        let mut programs = Programs { ebpf, source, watch, sees_options: false, log };
         // First, what the kernel may refuse.
         programs.load_faults()?;
         for program in programs.without_faults() {
             programs.raw_tracepoint(program)?.load().map_err(|error| refusal(program, error))?;
         }
+        programs.sees_options = programs.load_options().inspect_err(no_options).is_ok();
         Ok(programs)
     }
 }
@@ -201,6 +206,8 @@ pub struct Programs {
     ebpf: Ebpf,
     source: FaultSource,
     watch: Watch,
+    /// Whether the kernel lets pclive notice that options of sockets are set. It is faster with it, and works without.
+    sees_options: bool,
     log: EbpfLogger<&'static dyn log::Log>,
 }
 
@@ -210,6 +217,7 @@ impl Programs {
         let path = container.path();
         let directory =
             File::open(path).map_err(|source| ObserveError::OpenCgroup { path: path.into(), source })?;
+        let options = self.attach_options(&directory).inspect_err(no_options).ok().flatten();
         self.set_container(directory)?;
         self.attach_all()?;
         // Only now, so that no process started meanwhile is missed. One that ended meanwhile stays in the map, unused.
@@ -218,6 +226,7 @@ impl Programs {
             writes: self.take_map(map::WRITES)?,
             changes: self.take_map(map::CHANGES)?,
             lost: self.take_map(map::LOST)?,
+            options,
             log: self.log,
             _programs: self.ebpf,
         })
@@ -234,6 +243,23 @@ impl Programs {
                 self.raw_tracepoint(program)?.load().map_err(|error| refusal(program, error))
             }),
         }
+    }
+
+    fn load_options(&mut self) -> Result<()> {
+        let program: &mut CgroupSockopt = self.program(OPTIONS_PROGRAM)?;
+        program.load().map_err(|error| refusal(OPTIONS_PROGRAM, error))
+    }
+
+    fn attach_options(&mut self, cgroup: &File) -> Result<Option<StoredMarks>> {
+        if !self.sees_options {
+            return Ok(None);
+        }
+        let of = |source| ObserveError::Attach { program: OPTIONS_PROGRAM, source };
+        let program: &mut CgroupSockopt = self.program(OPTIONS_PROGRAM)?;
+        // A link takes no flags, and others may attach beside it (`cgroup_bpf_link_attach` in kernel/bpf/cgroup.c).
+        let link = program.attach(cgroup, CgroupAttachMode::Single).map_err(of)?;
+        let link = program.take_link(link).map_err(of)?;
+        Ok(Some(StoredMarks::new(self.take_map(map::OPTIONS_READ)?, link)))
     }
 
     /// The programs besides those that see faults; each has its tracepoint's name.
@@ -307,6 +333,8 @@ pub struct Attached {
     pub changes: RingBuf<MapData>,
     /// Events that found a ring full, by [`pclive_abi::Ring`].
     pub lost: PerCpuArray<MapData, u64>,
+    /// Notices that options of sockets are set, where that is possible.
+    pub options: Option<StoredMarks>,
     /// What the programs have to say themselves.
     pub log: EbpfLogger<&'static dyn log::Log>,
     _programs: Ebpf,
@@ -314,6 +342,10 @@ pub struct Attached {
 
 pub(super) fn of_map(map: &'static str) -> impl Fn(MapError) -> ObserveError {
     move |source| ObserveError::Map { map, source }
+}
+
+fn no_options(error: &ObserveError) {
+    tracing::debug!(?error, "options of sockets are read in the blackout");
 }
 
 /// The reason in one line; the verifier's log goes to the debug log.

@@ -32,6 +32,7 @@ mod unsupported;
 
 pub use error::FileError;
 pub(crate) use named::is_stateless;
+pub use socket::read_options_ahead;
 pub use unlinked::MAX_UNLINKED_BYTES;
 
 use crate::capture::env::ContainerEnv;

@@ -2,13 +2,42 @@
 
 use super::error::FileError;
 use super::identity::Found;
-use super::table::Slot;
-use nix::sys::stat::{major, minor, stat};
+use super::table::{self, Slot};
+use crate::capture::SourceProcess;
+use crate::capture::sockets::SocketTables;
+use nix::sys::stat::{fstat, major, minor, stat};
+use pclive_sys::pidfd::pidfd_getfd;
+use std::collections::HashSet;
+use std::os::fd::AsFd;
 
 /// The inode number in the link of a socket's descriptor; `None` for anything else.
 pub(super) fn inode(link: &[u8]) -> Option<u64> {
     let number = link.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
     std::str::from_utf8(number).ok()?.parse().ok()
+}
+
+/// Has the options of all sockets of the running container read, as far as they are not known. Descriptors that come and go
+/// meanwhile are the next call's business, or the freeze's.
+pub fn read_options_ahead(processes: &[SourceProcess], tables: &SocketTables) {
+    if !tables.watches_options() {
+        return;
+    }
+    let mut open = HashSet::new();
+    for (index, process) in processes.iter().enumerate() {
+        for fd in table::numbers(process.pid).unwrap_or_default() {
+            let slot = Slot { process: index, pid: process.pid, ns_pid: process.ns_pid, fd };
+            let Some(inode) = table::link_of(slot).as_deref().and_then(inode) else { continue };
+            if !open.insert(inode) {
+                continue;
+            }
+            // Only as long as it takes: whoever closes a connection meanwhile ends it only afterwards.
+            let Ok(duplicate) = pidfd_getfd(process.pidfd.as_fd(), fd) else { continue };
+            if fstat(&duplicate).is_ok_and(|stat| stat.st_ino == inode) {
+                tables.read_ahead(duplicate.as_fd(), inode);
+            }
+        }
+    }
+    tables.retain(&open);
 }
 
 /// The device number of the sockets' file system as epoll's fdinfo writes it (the kernel's internal `dev_t`); `None` if

@@ -124,7 +124,7 @@ pub(super) fn link_of(slot: Slot) -> Option<Vec<u8>> {
 }
 
 /// The open descriptor numbers of a process, sorted.
-fn numbers(pid: HostPid) -> Result<Vec<RawFd>, FileError> {
+pub(super) fn numbers(pid: HostPid) -> Result<Vec<RawFd>, FileError> {
     let path = format!("/proc/{pid}/fd");
     let proc_error = |error| FileError::Proc { path: path.clone(), error };
     let mut numbers = Vec::new();

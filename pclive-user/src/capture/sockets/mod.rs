@@ -28,14 +28,17 @@
 //! came out of order (the peer sends them again), urgent data, MD5 and TCP-AO keys, eBPF programs of `SO_REUSEPORT`
 //! groups, and who is at the other end of a unix socket for `SO_PEERCRED` (it is pclive).
 
+mod ahead;
 pub(crate) mod options;
 mod tables;
 mod tcp;
 mod unix;
 
+pub use ahead::OptionWatch;
 pub use tables::SocketTables;
 
 use super::Access;
+use ahead::ReadAhead;
 use nix::errno::Errno;
 use pclive_sys::codicil::{Codicil, Setting};
 use pclive_sys::namespace::NamespaceError;
@@ -119,6 +122,12 @@ impl Source<'_> {
         self.call(call, sockopt::get_int(self.fd, level, name))
     }
 
+    /// Domain and protocol.
+    fn kind(self) -> Result<(i32, i32), SocketError> {
+        let domain = self.int("SO_DOMAIN", libc::SOL_SOCKET, libc::SO_DOMAIN)?;
+        Ok((domain, self.int("SO_PROTOCOL", libc::SOL_SOCKET, libc::SO_PROTOCOL)?))
+    }
+
     /// User who made the socket.
     fn owner(self) -> Result<u32, SocketError> {
         self.call("fstat", nix::sys::stat::fstat(self.fd)).map(|stat| stat.st_uid)
@@ -128,8 +137,9 @@ impl Source<'_> {
         self,
         family: options::Family,
         connected: bool,
+        wanted: impl Fn(&options::Known) -> bool,
     ) -> Result<Vec<pclive_wire::manifest::SocketOption>, SocketError> {
-        options::read(self.fd, family, connected).map_err(|(call, source)| SocketError::Call {
+        options::read(self.fd, family, connected, wanted).map_err(|(call, source)| SocketError::Call {
             call,
             inode: self.inode,
             source,
@@ -162,6 +172,7 @@ pub struct SocketCapture {
     connections: Vec<Connection>,
     captured_unix: HashSet<u32>,
     provision: Provision,
+    known: u64,
 }
 
 /// Who makes good what is changed in a socket while it is read, should pclive die meanwhile.
@@ -205,6 +216,7 @@ impl SocketCapture {
             connections: Vec::new(),
             captured_unix: HashSet::new(),
             provision: Provision(codicil),
+            known: 0,
         })
     }
 
@@ -221,18 +233,23 @@ impl SocketCapture {
         access: Access,
     ) -> Result<DescriptionKind, SocketError> {
         let source = Source { fd: socket, inode, access };
+        if access == Access::Frozen
+            && let Some(known) = self.tables.known(socket, inode)
+        {
+            self.known += 1;
+            return self.capture_tcp(source, known.ipv6, Some(&known));
+        }
         if !self.tables.has(socket) {
             return Err(SocketError::unsupported(
                 "a socket of another network namespace",
                 "close the socket, or make it in the container's own network namespace",
             ));
         }
-        let domain = source.int("SO_DOMAIN", libc::SOL_SOCKET, libc::SO_DOMAIN)?;
-        let protocol = source.int("SO_PROTOCOL", libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
+        let (domain, protocol) = source.kind()?;
         match (domain, protocol) {
             (libc::AF_UNIX, _) => self.capture_unix(source),
             (libc::AF_INET | libc::AF_INET6, libc::IPPROTO_TCP) => {
-                self.capture_tcp(source, domain == libc::AF_INET6)
+                self.capture_tcp(source, domain == libc::AF_INET6, None)
             }
             _ => {
                 let kind = kind_of(domain, protocol);
@@ -253,8 +270,13 @@ impl SocketCapture {
         Ok(DescriptionKind::Unix(Box::new(socket)))
     }
 
-    fn capture_tcp(&mut self, source: Source<'_>, ipv6: bool) -> Result<DescriptionKind, SocketError> {
-        let socket = tcp::capture(source, ipv6, &mut self.provision)?;
+    fn capture_tcp(
+        &mut self,
+        source: Source<'_>,
+        ipv6: bool,
+        known: Option<&ReadAhead>,
+    ) -> Result<DescriptionKind, SocketError> {
+        let socket = tcp::capture(source, ipv6, known, &mut self.provision)?;
         if let (TcpState::Connected(connection), Some(local), Access::Frozen) =
             (&socket.state, socket.local, source.access)
         {
@@ -264,6 +286,11 @@ impl SocketCapture {
             self.connections.push(Connection { fd, inode: source.inode, local, remote: connection.remote });
         }
         Ok(DescriptionKind::Tcp(Box::new(socket)))
+    }
+
+    /// Of how many sockets the options had been read ahead.
+    pub fn known(&self) -> u64 {
+        self.known
     }
 
     /// To be called when all sockets have been captured: checks what can only be seen of all of them, and makes the two

@@ -32,6 +32,13 @@ pub(crate) enum Family {
     Tcp6,
 }
 
+impl Family {
+    /// That of a TCP socket.
+    pub(super) fn tcp(ipv6: bool) -> Self {
+        if ipv6 { Self::Tcp6 } else { Self::Tcp4 }
+    }
+}
+
 /// An option that travels.
 #[derive(Debug)]
 pub(crate) struct Known {
@@ -174,20 +181,35 @@ impl Known {
         }
     }
 
+    /// Whether the kernel itself changes the option of a TCP socket: buffers and windows grow with the traffic, a read moves the
+    /// place to peek at, the type of service shows whether ECN is in use.
+    pub(super) fn changes_by_itself(&self) -> bool {
+        const CHANGING: [(i32, i32); 6] = [
+            (libc::SOL_SOCKET, libc::SO_SNDBUF),
+            (libc::SOL_SOCKET, libc::SO_RCVBUF),
+            (libc::SOL_SOCKET, libc::SO_PEEK_OFF),
+            (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
+            (libc::IPPROTO_IP, libc::IP_TOS),
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        ];
+        CHANGING.contains(&(self.level, self.name))
+    }
+
     /// Whether a peer's value has a length that the option can have.
     pub(crate) fn takes(&self, value: &[u8]) -> bool {
         self.length.contains(&value.len())
     }
 }
 
-/// Reads all options of a socket.
+/// Reads the options of a socket that are `wanted`.
 pub(super) fn read(
     socket: BorrowedFd<'_>,
     family: Family,
     connected: bool,
+    wanted: impl Fn(&Known) -> bool,
 ) -> Result<Vec<SocketOption>, (&'static str, Errno)> {
     let mut options = Vec::with_capacity(64);
-    for known in table(family, connected) {
+    for known in table(family, connected).filter(|known| wanted(known)) {
         if let Some(value) = known.get(socket).map_err(|errno| (known.label, errno))? {
             options.push(SocketOption { level: known.level, name: known.name, value });
         }

@@ -1,19 +1,24 @@
-//! The socket tables of a network namespace, opened before they are needed: to enter a namespace takes a thread.
+//! The socket tables of a network namespace, opened before they are needed: to enter a namespace takes a thread. And what is
+//! known of its sockets before they are captured.
 
-use super::{SO_NETNS_COOKIE, SocketError};
+use super::ahead::{Ahead, OptionWatch, ReadAhead};
+use super::{SO_NETNS_COOKIE, SocketError, Source, tcp};
+use crate::capture::Access;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use pclive_sys::namespace::run_in_netns;
 use pclive_sys::sock_diag::{SockDiag, TcpEntry, UnixEntry};
 use pclive_sys::sockopt;
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The socket tables of a network namespace.
 #[derive(Debug)]
 pub struct SocketTables {
     tables: Mutex<SockDiag>,
     netns_cookie: Option<u64>,
+    ahead: Mutex<Ahead>,
 }
 
 impl SocketTables {
@@ -26,8 +31,47 @@ impl SocketTables {
             let tables = SockDiag::open().map_err(failed("socket NETLINK_SOCK_DIAG"))?;
             let own = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
                 .map_err(failed("socket AF_UNIX"))?;
-            Ok(Self { tables: Mutex::new(tables), netns_cookie: netns_cookie(own.as_fd()) })
+            let ahead = Mutex::default();
+            Ok(Self { tables: Mutex::new(tables), netns_cookie: netns_cookie(own.as_fd()), ahead })
         })?
+    }
+
+    /// From now on it is noticed when options of sockets change, so that they can be read ahead of the freeze.
+    pub fn watch_options(&self, watch: Box<dyn OptionWatch>) {
+        self.ahead().watch_with(watch);
+    }
+
+    /// Whether that is so.
+    pub fn watches_options(&self) -> bool {
+        self.ahead().watches()
+    }
+
+    /// Reads the options of a socket of the running container, if it is one that capture takes and they are not known.
+    pub fn read_ahead(&self, socket: BorrowedFd<'_>, inode: u64) {
+        let source = Source { fd: socket, inode, access: Access::Survey };
+        let ipv6 = match source.kind() {
+            Ok((libc::AF_INET, libc::IPPROTO_TCP)) => false,
+            Ok((libc::AF_INET6, libc::IPPROTO_TCP)) => true,
+            _ => return,
+        };
+        if self.has(socket) {
+            let connected = tcp::is_connected(source);
+            self.ahead().learn(socket, inode, connected, || tcp::read_ahead(source, ipv6, connected));
+        }
+    }
+
+    /// Forgets what is known of all but these sockets.
+    pub fn retain(&self, open: &HashSet<u64>) {
+        self.ahead().retain(open);
+    }
+
+    /// What is known of a socket of the frozen container.
+    pub(super) fn known(&self, socket: BorrowedFd<'_>, inode: u64) -> Option<ReadAhead> {
+        self.ahead().known(socket, inode).cloned()
+    }
+
+    fn ahead(&self) -> MutexGuard<'_, Ahead> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a socket is of this namespace, as far as the kernel tells (Linux 5.14).

@@ -1,6 +1,7 @@
 //! TCP sockets: listeners, connections in all states that have a descriptor, and closed ones.
 
-use super::options::Family;
+use super::ahead::ReadAhead;
+use super::options::{self, Family};
 use super::{Connection, Provision, SocketError, Source};
 use crate::capture::Access;
 use nix::errno::Errno;
@@ -15,13 +16,16 @@ use std::os::fd::AsRawFd;
 /// How often the two ends of a connection are read before they are declared restless.
 const PAIR_ATTEMPTS: usize = 16;
 
-/// Captures one TCP socket.
+/// Captures one TCP socket, of which something may be known.
 pub(super) fn capture(
     source: Source<'_>,
     ipv6: bool,
+    known: Option<&ReadAhead>,
     provision: &mut Provision,
 ) -> Result<TcpSocket, SocketError> {
-    refuse_extensions(source)?;
+    if known.is_none() {
+        refuse_extensions(source)?;
+    }
     let info = source.call("TCP_INFO", TcpInfo::of(source.fd))?;
     let local = source.call("getsockname", getsockname(source.fd.as_raw_fd()).and_then(to_std))?;
     let bound = local.port() != 0 || !local.ip().is_unspecified();
@@ -42,13 +46,31 @@ pub(super) fn capture(
         ));
     }
     let connected = matches!(state, TcpState::Connected(_));
+    let options = match known.filter(|known| known.connected == connected) {
+        Some(known) => known.options_now(source)?,
+        None => source.options(Family::tcp(ipv6), connected, |_| true)?,
+    };
     Ok(TcpSocket {
         ipv6,
         local: (bound && !matches!(state, TcpState::Dead)).then_some(local),
         state,
         owner: source.owner()?,
-        options: source.options(if ipv6 { Family::Tcp6 } else { Family::Tcp4 }, connected)?,
+        options,
     })
+}
+
+/// What only `setsockopt(2)` changes of a socket. Nothing of one that cannot be moved: the freeze finds that out.
+pub(super) fn read_ahead(source: Source<'_>, ipv6: bool, connected: bool) -> Option<ReadAhead> {
+    refuse_extensions(source).ok()?;
+    let lasting = |option: &options::Known| !option.changes_by_itself();
+    let options = source.options(Family::tcp(ipv6), connected, lasting).ok()?;
+    Some(ReadAhead { ipv6, connected, options })
+}
+
+/// Whether a socket is captured as a connection.
+pub(super) fn is_connected(source: Source<'_>) -> bool {
+    let unconnected = [state::LISTEN, state::CLOSE, state::SYN_SENT, state::SYN_RECV];
+    TcpInfo::of(source.fd).is_ok_and(|info| !unconnected.contains(&info.state))
 }
 
 /// What a socket can carry beyond TCP, and nobody can read out of it.

@@ -51,7 +51,7 @@ pub(super) fn capture(
         },
         shutdown: entry.shutdown,
         owner: source.owner()?,
-        options: source.options(Family::Unix, peer != UnixPeer::None)?,
+        options: source.options(Family::Unix, peer != UnixPeer::None, |_| true)?,
     })
 }
 

@@ -131,6 +131,7 @@ impl Migration<'_> {
         });
         let sent = sent?;
         let (processes, files) = captured?;
+        self.report.sockets_known = files.sockets.known();
         self.end_round(sent)?;
         self.note_round(sent, dirty_pages, start, Duration::ZERO);
         if !files.transient.is_empty() {

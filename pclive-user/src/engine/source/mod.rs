@@ -196,7 +196,10 @@ pub fn migrate(
     let sender = PageSender::connect(options.to, accepted.token, 0, pace)?.with_zero_copy(options.zero_copy);
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
-    let observer = tracker.observe(container.cgroup())?;
+    let mut observer = tracker.observe(container.cgroup())?;
+    if let Some(watch) = observer.as_mut().and_then(WriteObserver::take_option_watch) {
+        container.env().sockets.watch_options(Box::new(watch));
+    }
     let mut migration = Migration {
         options,
         runtime,

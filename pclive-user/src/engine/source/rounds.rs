@@ -2,6 +2,7 @@
 
 use super::pages::Outgoing;
 use super::{MigrateError, Migration, STEP};
+use crate::capture::files::read_options_ahead;
 use crate::engine::background::Background;
 use crate::engine::fd_table::make_room;
 use crate::engine::report::RoundReport;
@@ -58,6 +59,9 @@ impl Migration<'_> {
             let is_short = bandwidth.time_for(bytes).is_some_and(|time| time < SHORT);
             if is_short || loses_the_race(report.dirty_pages, pages) {
                 nice = 0;
+            }
+            if is_short {
+                read_options_ahead(self.container.processes(), &self.container.env().sockets);
             }
         }
     }

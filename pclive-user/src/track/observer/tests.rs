@@ -2,19 +2,24 @@
 
 use super::*;
 use crate::{
-    capture::{SourceProcess, vmas::VmaReader},
+    capture::{SourceProcess, sockets::OptionWatch, vmas::VmaReader},
     track::{
         Tier,
         attach::TrackedProcess,
         programs::{FAULT_FUNCTION, FaultSource, ProgramLoader, RingSizes, Watch},
     },
 };
-use pclive_sys::{mem::ProcessMemory, pidfd::pidfd_open};
+use pclive_sys::{
+    mem::ProcessMemory,
+    pidfd::{pidfd_getfd, pidfd_open},
+};
 use pclive_wire::NsPid;
 use pclive_wire::PAGE_SIZE;
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Write},
+    net::TcpListener,
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -118,6 +123,7 @@ fn worker() {
     nix::sys::prctl::set_thp_disable(true).unwrap();
     let bytes = (PAGES * PAGE_SIZE) as usize;
     let mut buffer = memmap2::MmapMut::map_anon(bytes).unwrap();
+    let mut listener = None;
     for line in std::io::stdin().lines() {
         let answer = match line.unwrap().as_str() {
             "hello" => std::process::id() as u64,
@@ -139,6 +145,14 @@ fn worker() {
                 let mut child = Command::new("/bin/true").spawn().unwrap();
                 child.wait().unwrap();
                 u64::from(child.id())
+            }
+            "listen" => {
+                let socket = listener.insert(TcpListener::bind("127.0.0.1:0").unwrap());
+                socket.as_raw_fd() as u64
+            }
+            "set an option" => {
+                listener.as_ref().unwrap().set_ttl(17).unwrap();
+                0
             }
             other => panic!("{other}"),
         };
@@ -302,6 +316,27 @@ fn processes_that_come_change_and_go_are_seen() {
     let life: Vec<_> = changes.iter().filter(of(child)).map(|change| change.what).collect();
     assert!(life.contains(&ChangeKind::Execed), "{life:?}");
     assert_eq!(life.last(), Some(&ChangeKind::Exited));
+}
+
+#[test]
+fn options_that_are_set_on_a_socket_of_the_container_are_noticed() {
+    let cgroup = TestCgroup::new();
+    let mut worker = Worker::start(&cgroup.path);
+    let fd = worker.tell("listen") as i32;
+    let mut observer = cgroup.observe(FaultSource::Tracepoint, RingSizes::default()).unwrap();
+    let mut options = observer.take_option_watch().expect("the kernel accepts the program");
+    let process = source_process(worker.pid());
+    let socket = pidfd_getfd(process.pidfd.as_fd(), fd).unwrap();
+    assert!(options.watch(socket.as_fd()));
+    assert!(options.is_unchanged(socket.as_fd()));
+    worker.tell("set an option");
+    assert!(!options.is_unchanged(socket.as_fd()));
+    assert!(options.watch(socket.as_fd()));
+    assert!(options.is_unchanged(socket.as_fd()));
+
+    let foreign = TcpListener::bind("127.0.0.1:0").unwrap();
+    assert!(!options.watch(foreign.as_fd()), "nobody would notice");
+    assert!(!options.is_unchanged(foreign.as_fd()));
 }
 
 #[test]
