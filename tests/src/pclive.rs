@@ -275,6 +275,8 @@ pub struct MigrationReport {
     pub container: String,
     /// The rounds before and at the freeze.
     pub rounds: Vec<Round>,
+    /// Sockets whose options were known before the freeze.
+    pub sockets_known: u64,
     /// Pages that were zero and not sent.
     pub zero_pages: u64,
     /// Bytes on the wire.

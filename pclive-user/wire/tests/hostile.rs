@@ -66,8 +66,8 @@ fn the_longest_lists_of_the_shortest_elements() {
     // No processes; one description: flags, owner, a unix socket (kind 10): id, type, address "", no peer, no backlog.
     let unix = [&[0, 1, 0, 0, 0, 0, 10][..], &[0; 5]].concat();
     for (name, before, element, after) in [
-        ("mappings", process.clone(), 5, 3),
-        ("threads", [process, vec![0]].concat(), 2, 2),
+        ("mappings", process.clone(), 5, 4),
+        ("threads", [process, vec![0]].concat(), 2, 3),
         ("messages in a queue", unix, 1, 3),
     ] {
         let mut payload = [manifest.clone(), before, count.clone()].concat();

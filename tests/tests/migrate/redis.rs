@@ -41,6 +41,7 @@ fn with_delayed_restoration() -> Result<()> {
 fn with_tracker_scan() -> Result<()> {
     let report = move_under_load(&redis(), &["--tracker", "scan"])?;
     assert_eq!(report.tracker, "scan");
+    assert_eq!(report.sockets_known, 0, "nobody notices that options are set");
     Ok(())
 }
 
@@ -48,6 +49,7 @@ fn with_tracker_scan() -> Result<()> {
 fn with_tracker_tracepoint() -> Result<()> {
     let report = move_under_load(&redis(), &["--tracker", "tracepoint"])?;
     assert_eq!(report.tracker, "tracepoint");
+    assert!(report.sockets_known >= 16, "{} of 16 connections and a listener", report.sockets_known);
     Ok(())
 }
 

@@ -33,10 +33,10 @@ pub(super) struct ReadAhead {
 
 impl ReadAhead {
     /// All its options.
-    pub(super) fn options_now(&self, source: Source<'_>) -> Result<Vec<SocketOption>, SocketError> {
+    pub(super) fn options_now(self, source: Source<'_>) -> Result<Vec<SocketOption>, SocketError> {
         let family = Family::tcp(self.ipv6);
         let mut options = source.options(family, self.connected, options::Known::changes_by_itself)?;
-        options.extend_from_slice(&self.options);
+        options.extend(self.options);
         Ok(options)
     }
 }

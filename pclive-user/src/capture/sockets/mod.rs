@@ -237,7 +237,7 @@ impl SocketCapture {
             && let Some(known) = self.tables.known(socket, inode)
         {
             self.known += 1;
-            return self.capture_tcp(source, known.ipv6, Some(&known));
+            return self.capture_tcp(source, known.ipv6, Some(known));
         }
         if !self.tables.has(socket) {
             return Err(SocketError::unsupported(
@@ -274,7 +274,7 @@ impl SocketCapture {
         &mut self,
         source: Source<'_>,
         ipv6: bool,
-        known: Option<&ReadAhead>,
+        known: Option<ReadAhead>,
     ) -> Result<DescriptionKind, SocketError> {
         let socket = tcp::capture(source, ipv6, known, &mut self.provision)?;
         if let (TcpState::Connected(connection), Some(local), Access::Frozen) =

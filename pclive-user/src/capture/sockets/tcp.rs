@@ -20,7 +20,7 @@ const PAIR_ATTEMPTS: usize = 16;
 pub(super) fn capture(
     source: Source<'_>,
     ipv6: bool,
-    known: Option<&ReadAhead>,
+    known: Option<ReadAhead>,
     provision: &mut Provision,
 ) -> Result<TcpSocket, SocketError> {
     if known.is_none() {
