@@ -2,8 +2,8 @@
 //!
 //! In the blackout both hosts open a descriptor for each socket and file of the container. A table that several threads
 //! share grows only after an RCU grace period (`expand_fdtable` in fs/file.c), for which they wait up to 20 ms: beyond 64
-//! descriptors, beyond 256, and so on for each power of two. So it grows while the container still runs. For the tables of
-//! the container's own processes see [`Parked`](crate::restore::parked).
+//! descriptors, and then beyond each power of two. So it grows while the container still runs. For the tables of the
+//! container's own processes see [`Parked`](crate::restore::parked).
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -16,8 +16,8 @@ use pclive_wire::manifest::Process;
 /// What pclive has open for itself, at most.
 const OWN: u64 = 256;
 
-/// Makes room for as many descriptors as the tables of these processes hold. Without it the blackout is longer, so a failure
-/// is no error.
+/// Makes room for as many descriptors as the tables of these processes hold, and lifts the soft limit to the hard one. Without
+/// room the blackout is longer, so a failure is no error.
 pub fn make_room(processes: &[Process]) {
     let theirs: u64 = processes.iter().map(|process| u64::from(process.fd_size)).sum();
     if let Err(errno) = grow(theirs.min(MAX_FD_ROOM.into()) + OWN) {
@@ -25,15 +25,14 @@ pub fn make_room(processes: &[Process]) {
     }
 }
 
-/// Has the table hold `size` descriptors, and the limit allow them, as far as the hard limit does.
+/// Has the table hold `size` descriptors, as far as the hard limit allows.
 fn grow(size: u64) -> nix::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    let allowed = size.min(hard);
-    if soft < allowed {
-        setrlimit(Resource::RLIMIT_NOFILE, allowed, hard)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     }
     // The table never shrinks.
-    let last = i32::try_from(allowed.saturating_sub(1)).map_err(|_| Errno::EMFILE)?;
+    let last = i32::try_from(size.min(hard).saturating_sub(1)).map_err(|_| Errno::EMFILE)?;
     close(fcntl(EventFd::new()?, FcntlArg::F_DUPFD_CLOEXEC(last))?)
 }
 

@@ -23,8 +23,7 @@
 //! reading that state takes longer than finding the pages: the two overlap.
 //!
 //! What can be done ahead of the blackout is: descriptor tables grow at both hosts when a round begins, processors wake when
-//! the freeze does, and between the last, short rounds the options of sockets are read, of which the freeze asks only whether
-//! they have changed.
+//! the freeze does, and between rounds the options of sockets are read, of which the freeze asks only whether they have changed.
 
 pub mod awake;
 pub mod background;

@@ -15,8 +15,6 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 const BATCH: usize = 253;
 /// The limit of open files, as an argument of a call.
 const OPEN_FILES: u64 = libc::RLIMIT_NOFILE as u64;
-/// Where `struct msghdr` has its flags.
-const MSG_FLAGS: usize = 48;
 
 /// The highest number that the process uses; -1 for none.
 fn highest(table: &[FdEntry]) -> i32 {
@@ -86,9 +84,9 @@ pub fn send<'fd>(
     Ok(())
 }
 
-/// The script that empties the table and receives the files, and where [`arrived`] will see whether it did. `keep` is the
-/// process's end of the socketpair, `socket_at` where it is kept meanwhile.
-pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> (Script, Vec<DataRef>) {
+/// The script that empties the table and receives the files. `keep` is the process's end of the socketpair, `socket_at`
+/// where it is kept meanwhile.
+pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> Script {
     let mut script = Script::new();
     if keep != socket_at {
         script.call("dup3", libc::SYS_dup3, [keep.into(), socket_at.into(), libc::O_CLOEXEC.into()]);
@@ -96,10 +94,15 @@ pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> (Script, 
     close_range(&mut script, 0, (socket_at - 1) as u32);
     close_range(&mut script, (socket_at + 1) as u32, u32::MAX);
     let total = (highest(table) + 1) as usize;
-    let batches = 0..total.div_ceil(BATCH);
-    let headers = batches
-        .map(|batch| receive_batch(&mut script, socket_at, BATCH.min(total - batch * BATCH)))
-        .collect();
+    for batch in 0..total.div_ceil(BATCH) {
+        receive_batch(&mut script, socket_at, BATCH.min(total - batch * BATCH));
+    }
+    // Files that cannot be installed are left out without an error (`scm_detach_fds` in net/core/scm.c): a security module
+    // refuses them, or memory is short. They come lowest number first, so that the last one is missing then.
+    if let Some(last) = total.checked_sub(1) {
+        let args: [Arg; 2] = [(last as u64).into(), libc::F_GETFD.into()];
+        script.call(format!("fcntl(F_GETFD) of {last}, the last file received"), libc::SYS_fcntl, args);
+    }
     close_range(&mut script, socket_at as u32, socket_at as u32);
     let mut wanted = vec![None; total];
     for entry in table {
@@ -115,13 +118,7 @@ pub fn receive_script(table: &[FdEntry], keep: i32, socket_at: i32) -> (Script, 
             Some(false) => {}
         }
     }
-    (script, headers)
-}
-
-/// Whether all files of a batch arrived: the kernel leaves those out that a security module refuses, and says so here only.
-pub fn arrived(header: &[u8]) -> bool {
-    let flags = header[MSG_FLAGS..].first_chunk().map(|flags| i32::from_ne_bytes(*flags));
-    flags.is_some_and(|flags| flags & libc::MSG_CTRUNC == 0)
+    script
 }
 
 /// What the process adds to its epoll sets.
@@ -188,8 +185,7 @@ fn control(script: &mut Script, epoll: i32, how: i32, target: EpollTarget) {
     script.call(format!("epoll_ctl({epoll}, {how}, {})", target.fd), libc::SYS_epoll_ctl, args);
 }
 
-/// Returns the place of the message's header.
-fn receive_batch(script: &mut Script, socket: i32, count: usize) -> DataRef {
+fn receive_batch(script: &mut Script, socket: i32, count: usize) {
     let byte = script.room(1);
     let iov = script.data(&[0u64.to_ne_bytes(), 1u64.to_ne_bytes()].concat());
     script.pointer(iov, 0, byte);
@@ -203,7 +199,6 @@ fn receive_batch(script: &mut Script, socket: i32, count: usize) -> DataRef {
     script.pointer(header, 32, control);
     let args: [Arg; 3] = [socket.into(), header.into(), 0.into()];
     script.call_expecting("recvmsg", libc::SYS_recvmsg, args, pclive_sys::script::Expect::Exactly(1));
-    header
 }
 
 fn close_range(script: &mut Script, first: u32, last: u32) {

@@ -1,11 +1,12 @@
 //! One process of the skeleton: stopped, emptied, and filled with what the source's process has.
 
+mod table;
+
 use super::files::OpenedFiles;
 use super::memory::Placement;
 use super::timers::OutOfReach;
 use super::vmas::{drop_pages, move_specials, remap, unmap};
 use super::{descriptors, process as process_state, threads};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::pidfd::{pidfd_getfd, pidfd_open};
 use pclive_sys::ptrace::{Stop, Tracee};
@@ -13,8 +14,7 @@ use pclive_sys::script::{Arena, Arg, Borrowed, Outcome, Script, SyscallInstructi
 use pclive_sys::thread::{set_scheduling, unbind};
 use pclive_sys::uffd::{self, Features, Uffd};
 use pclive_wire::layout::{is_begun_anew, special_mappings};
-use pclive_wire::limits::MAX_FD_ROOM;
-use pclive_wire::manifest::{Backing, FdEntry, Process, ProcessState, SpecialMapping, Thread};
+use pclive_wire::manifest::{Backing, Process, SpecialMapping, Thread};
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
 use procfs::process::{MMapPath, Process as Procfs};
 use std::collections::BTreeMap;
@@ -62,15 +62,13 @@ pub enum ParkedError {
     #[error("clone3 of {asked} made {made} tasks")]
     #[allow(missing_docs)]
     Clone { asked: NsPid, made: usize },
-    /// It has descriptors with larger numbers than the sandbox allows.
+    /// It has descriptors with larger numbers than the sandbox has room for.
     #[error(
-        "it has an open file of number {fd}, and the bundle allows {limit}: raise its hard RLIMIT_NOFILE"
+        "its open files have numbers up to {fd}, two more are needed for a moment, and the bundle allows {limit} in all: \
+         raise its hard RLIMIT_NOFILE"
     )]
     #[allow(missing_docs)]
     OpenFiles { fd: i32, limit: u64 },
-    /// The kernel kept open files from it.
-    #[error("it did not get all of its open files: does a security module refuse it some?")]
-    FilesKept,
     /// A timer cannot have the id that it had.
     #[error(transparent)]
     Timer(#[from] OutOfReach),
@@ -288,23 +286,6 @@ impl Parked {
         Ok(())
     }
 
-    /// Makes room for as many descriptors as the source's process has, and lifts the soft limit for them: it becomes that of
-    /// the source only in the end, which the program may have raised there.
-    ///
-    /// A table that threads share grows only after an RCU grace period (`expand_fdtable` in fs/file.c), of up to 20 ms: so it
-    /// grows before there are any, or at least before the blackout.
-    pub fn make_room_for_descriptors(&mut self, fd_size: u32) -> Result<(), ParkedError> {
-        if self.fd_limit.is_some() && fd_size <= self.fd_size {
-            return Ok(());
-        }
-        let (script, limit) = descriptors::limit_script();
-        let outcome = self.run(&script)?;
-        let hard = outcome.data(limit).last_chunk().map_or(0, |hard| u64::from_ne_bytes(*hard));
-        self.run(&descriptors::room_script(hard, fd_size.min(MAX_FD_ROOM)))?;
-        (self.fd_size, self.fd_limit) = (fd_size, Some(hard));
-        Ok(())
-    }
-
     fn create_thread(&self, tid: NsPid) -> Result<Tracee, ParkedError> {
         let mut script = Script::new();
         threads::clone_with_id(&mut script, threads::THREAD_FLAGS, 0, tid);
@@ -395,37 +376,6 @@ impl Parked {
             return Ok(&self.leader);
         }
         self.threads.get(&tid).ok_or(ParkedError::Incomplete(tid))
-    }
-
-    fn install_descriptors(&self, state: &ProcessState, files: &OpenedFiles) -> Result<(), ParkedError> {
-        let (above, spare) = descriptors::spare_fds(&state.fds);
-        if let Some(limit) = self.fd_limit.filter(|limit| u64::from(spare.unsigned_abs()) >= *limit) {
-            return Err(ParkedError::OpenFiles { fd: above - 1, limit });
-        }
-        let (script, pair) = descriptors::socketpair_script();
-        let outcome = self.run(&script)?;
-        let end = |i: usize| {
-            let raw = &outcome.data(pair)[i * 4..i * 4 + 4];
-            i32::from_ne_bytes(raw.try_into().expect("4 bytes"))
-        };
-        let ours = pidfd_getfd(self.pidfd.as_fd(), end(0)).map_err(call("pidfd_getfd"))?;
-        let (filler, _) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(call("socketpair"))?;
-        let file = |entry: &FdEntry| files.get(entry.description).unwrap_or(filler.as_fd());
-        descriptors::send(ours.as_fd(), &state.fds, file, filler.as_fd()).map_err(call("sendmsg"))?;
-        let socket_at = above.max(end(1) + 1);
-        let (mut script, headers) = descriptors::receive_script(&state.fds, end(1), socket_at);
-        let watches = descriptors::Watches::of(self.pid, &state.fds, &files.epoll_targets);
-        let disarmed = watches.disarm(&mut script);
-        let outcome = self.run(&script)?;
-        if !headers.into_iter().all(|header| descriptors::arrived(outcome.data(header))) {
-            return Err(ParkedError::FilesKept);
-        }
-        let fired: Vec<bool> = disarmed.into_iter().map(|call| outcome.result(call) == 1).collect();
-        let mut script = Script::new();
-        watches.add(&mut script, &fired);
-        self.run(&script)?;
-        Ok(())
     }
 
     fn write_oom_score_adj(&self, value: i32) -> Result<(), ParkedError> {

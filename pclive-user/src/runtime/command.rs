@@ -250,7 +250,7 @@ mod tests {
         let write = |path: &Path| {
             let mut install = Command::new("install");
             let mut child =
-                install.args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped()).spawn()?;
+                install.args(["-m", "755", "/proc/self/fd/0"]).arg(path).stdin(Stdio::piped()).spawn()?;
             let mut stdin = child.stdin.take().expect("piped above");
             stdin.write_all(format!("#!/bin/sh\n{text}\n").as_bytes())?;
             drop(stdin);

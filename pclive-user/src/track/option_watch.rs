@@ -33,14 +33,13 @@ impl fmt::Debug for StoredMarks {
 impl OptionWatch for StoredMarks {
     /// The program sees the calls on sockets of the container's cgroup only, and a container may have been given others: so
     /// it is tried with a call that every socket refuses.
-    fn watch(&mut self, socket: BorrowedFd<'_>) -> bool {
+    fn watch(&mut self, socket: BorrowedFd<'_>) {
         const NO_LEVEL: i32 = i32::MAX;
         let is_tried = self.mark(socket) && sockopt::set(socket, NO_LEVEL, 0, &[0; 4]).is_err();
-        if is_tried && !self.is_unchanged(socket) {
-            return self.mark(socket);
+        let is_seen = is_tried && !self.is_unchanged(socket);
+        if !(is_seen && self.mark(socket)) {
+            let _ = self.marks.remove(&socket);
         }
-        let _ = self.marks.remove(&socket);
-        false
     }
 
     fn is_unchanged(&self, socket: BorrowedFd<'_>) -> bool {

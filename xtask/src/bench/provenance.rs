@@ -31,7 +31,24 @@ pub struct Provenance {
     pub began_unix_s: u64,
 }
 
+/// How an invocation that was broken off is gone on with.
+pub const RESUME: &str = " --resume";
+/// The revision where there is no git repository.
+const UNKNOWN: &str = "unknown";
+/// What stands behind a revision whose files were changed.
+const CHANGED: &str = "+";
+
 impl Provenance {
+    /// The command, whether it goes on with an earlier one or not.
+    pub fn invocation(&self) -> String {
+        self.command.replacen(RESUME, "", 1)
+    }
+
+    /// Whether the revision says what was measured.
+    pub fn is_of_a_revision(&self) -> bool {
+        self.revision != UNKNOWN && !self.revision.ends_with(CHANGED)
+    }
+
     /// This machine and this invocation.
     ///
     /// # Errors
@@ -86,10 +103,10 @@ fn revision() -> String {
             Command::new("git").args(["-C", env!("CARGO_MANIFEST_DIR")]).args(arguments).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
-    let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".into() };
+    let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"]) else { return UNKNOWN.into() };
     let changed =
         git(&["status", "--porcelain", "--untracked-files=no"]).is_none_or(|files| !files.is_empty());
-    if changed { revision + "+" } else { revision }
+    if changed { revision + CHANGED } else { revision }
 }
 
 fn cpu(cpuinfo: &str) -> String {

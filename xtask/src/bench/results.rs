@@ -74,19 +74,13 @@ impl Results {
     pub fn go_on_from(&mut self, earlier: Results) -> Result<()> {
         let (now, then) = (&self.provenance, &earlier.provenance);
         ensure!(
-            now.repeat == then.repeat
-                && self.ablations == earlier.ablations
-                && self
-                    .groups
-                    .iter()
-                    .map(Measured::selected)
-                    .eq(earlier.groups.iter().map(Measured::selected)),
-            "the results are of another selection: resume {:?} with its own options, or choose another --out",
+            now.invocation() == then.invocation(),
+            "the results are of another command: resume {:?} with its own options, or choose another --out",
             then.command
         );
         ensure!(
-            now.revision == then.revision,
-            "the results are of revision {}, and this is {}: check that one out to resume them",
+            now.revision == then.revision && now.is_of_a_revision(),
+            "the results are of revision {}, and this is {}: check that one out, without changes, to resume them",
             then.revision,
             now.revision
         );
@@ -99,7 +93,7 @@ impl Results {
         );
         for (group, earlier) in self.groups.iter_mut().zip(earlier.groups) {
             for (cell, earlier) in group.cells.iter_mut().zip(earlier.cells) {
-                (cell.runs, cell.failures) = (earlier.runs, earlier.failures);
+                cell.runs = earlier.runs;
             }
         }
         self.provenance = earlier.provenance;
@@ -108,11 +102,6 @@ impl Results {
 }
 
 impl Measured {
-    /// What was chosen to be measured.
-    fn selected(&self) -> (&Setting, Vec<&Mover>) {
-        (&self.setting, self.cells.iter().map(|cell| &cell.mover).collect())
-    }
-
     /// Nothing measured yet; `obstacle` tells why a mover cannot be.
     pub fn new(group: &Group, obstacle: impl Fn(&Setting, &Mover) -> Option<String>) -> Self {
         let setting = group.setting.clone();
@@ -167,11 +156,12 @@ impl Cell {
 #[cfg(test)]
 mod tests {
     use super::super::matrix::{Mode, Workload};
+    use super::super::provenance::RESUME;
     use super::*;
 
-    fn results(size_mib: u64, revision: &str) -> Results {
+    fn results(revision: &str) -> Results {
         let provenance = Provenance { revision: revision.into(), ..Provenance::here(1, 0).unwrap() };
-        let setting = Setting::new(Workload::Idle, size_mib, 0);
+        let setting = Setting::new(Workload::Idle, 128, 0);
         let group = Group { setting, movers: vec![Mover::mode(Mode::PcliveG)] };
         Results { provenance, groups: vec![Measured::new(&group, |_, _| None)], ablations: Vec::new() }
     }
@@ -179,16 +169,21 @@ mod tests {
     #[test]
     fn only_the_same_is_resumed() {
         let earlier = || {
-            let mut earlier = results(128, "a");
+            let mut earlier = results("a");
+            earlier.provenance.began_unix_s = 7;
             earlier.groups[0].cells[0].failures.push("no luck".into());
             earlier
         };
-        let mut resumed = results(128, "a");
+        let mut resumed = results("a");
+        resumed.provenance.command += RESUME;
         resumed.go_on_from(earlier()).unwrap();
-        assert_eq!(resumed.groups[0].cells[0].failures, ["no luck"]);
-        for mut other in [results(256, "a"), results(128, "b")] {
+        assert_eq!(resumed.provenance.began_unix_s, 7);
+        assert!(resumed.groups[0].cells[0].failures.is_empty(), "what failed is tried again");
+        let mut with_option = results("a");
+        with_option.provenance.command += " --criu criu";
+        for mut other in [results("b"), with_option] {
             other.go_on_from(earlier()).unwrap_err();
-            assert!(other.groups[0].cells[0].failures.is_empty());
         }
+        results("a+").go_on_from(results("a+")).unwrap_err();
     }
 }

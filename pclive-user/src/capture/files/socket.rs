@@ -16,8 +16,8 @@ pub(super) fn inode(link: &[u8]) -> Option<u64> {
     std::str::from_utf8(number).ok()?.parse().ok()
 }
 
-/// Has the options of all sockets of the running container read, as far as they are not known. Descriptors that come and go
-/// meanwhile are the next call's business, or the freeze's.
+/// Looks at all sockets of the running container, so that their options are known at the freeze: those that the call before
+/// has seen, too, and that have not changed since. Descriptors that come and go meanwhile are the next call's business.
 pub fn read_options_ahead(processes: &[SourceProcess], tables: &SocketTables) {
     if !tables.watches_options() {
         return;
@@ -30,7 +30,8 @@ pub fn read_options_ahead(processes: &[SourceProcess], tables: &SocketTables) {
             if !open.insert(inode) {
                 continue;
             }
-            // Only as long as it takes: whoever closes a connection meanwhile ends it only afterwards.
+            // For the microseconds that this takes the container's own descriptor is not the last one: should it be closed just
+            // then, the connection ends, or the port is free, that much later.
             let Ok(duplicate) = pidfd_getfd(process.pidfd.as_fd(), fd) else { continue };
             if fstat(&duplicate).is_ok_and(|stat| stat.st_ino == inode) {
                 tables.read_ahead(duplicate.as_fd(), inode);

@@ -3,8 +3,11 @@
 //! That is some sixty calls for each socket, more than all the rest of it takes, and it hardly ever changes. Whether it has
 //! changed an [`OptionWatch`] tells in the blackout with one call. Where there is none, everything is read then.
 //!
-//! A kernel-side change that passes by `setsockopt(2)` is not noticed: an eBPF program of the host that sets options of the
-//! container's connections (`bpf_setsockopt`), in the milliseconds before the freeze.
+//! A watch notices a call before it takes effect (`do_sock_setsockopt` in net/socket.c). So a socket is read only if the
+//! watch of an earlier look at it still stands, which is a round later at best: a call that had begun before that is over.
+//!
+//! What passes by `setsockopt(2)` is not noticed: an eBPF program of the host that sets options of the container's connections
+//! (`bpf_setsockopt`) after they were read.
 
 use super::options::{self, Family};
 use super::{SocketError, Source};
@@ -14,10 +17,10 @@ use std::os::fd::BorrowedFd;
 
 /// Notices `setsockopt(2)`.
 pub trait OptionWatch: std::fmt::Debug + Send {
-    /// Watches a socket from now on. False if it cannot be watched.
-    fn watch(&mut self, socket: BorrowedFd<'_>) -> bool;
+    /// Watches a socket from now on, if it can.
+    fn watch(&mut self, socket: BorrowedFd<'_>);
 
-    /// Whether nobody has called `setsockopt(2)` on a socket since it is watched.
+    /// Whether a socket is watched, and nobody has called `setsockopt(2)` on it since.
     fn is_unchanged(&self, socket: BorrowedFd<'_>) -> bool;
 }
 
@@ -25,17 +28,21 @@ pub trait OptionWatch: std::fmt::Debug + Send {
 #[derive(Clone, Debug)]
 pub(super) struct ReadAhead {
     pub(super) ipv6: bool,
-    /// Whether it was connected: other sockets have more options.
-    pub(super) connected: bool,
+    /// TCP state: `listen(2)` may set an option, and a connection has other ones.
+    pub(super) state: u8,
     /// Those that do not change by themselves.
     pub(super) options: Vec<SocketOption>,
 }
 
 impl ReadAhead {
     /// All its options.
-    pub(super) fn options_now(self, source: Source<'_>) -> Result<Vec<SocketOption>, SocketError> {
+    pub(super) fn options_now(
+        self,
+        source: Source<'_>,
+        connected: bool,
+    ) -> Result<Vec<SocketOption>, SocketError> {
         let family = Family::tcp(self.ipv6);
-        let mut options = source.options(family, self.connected, options::Known::changes_by_itself)?;
+        let mut options = source.options(family, connected, options::Known::changes_by_itself)?;
         options.extend(self.options);
         Ok(options)
     }
@@ -63,23 +70,21 @@ impl Ahead {
         self.watch.as_ref()?.is_unchanged(socket).then_some(known)
     }
 
-    /// Reads a socket of the running container with `read`, unless that is known.
+    /// Looks at a socket of the running container, which is in `state`: has it watched the first time, and `read` the next.
     pub(super) fn learn(
         &mut self,
         socket: BorrowedFd<'_>,
         inode: u64,
-        connected: bool,
+        state: u8,
         read: impl FnOnce() -> Option<ReadAhead>,
     ) {
-        if self.known(socket, inode).is_some_and(|known| known.connected == connected) {
-            return;
-        }
-        self.known.remove(&inode);
-        // Watched first: what is changed while it is read is not known.
-        if self.watch.as_mut().is_some_and(|watch| watch.watch(socket))
-            && let Some(known) = read()
-        {
-            self.known.insert(inode, known);
+        let Some(watch) = &mut self.watch else { return };
+        if !watch.is_unchanged(socket) {
+            self.known.remove(&inode);
+            watch.watch(socket);
+        } else if self.known.get(&inode).is_none_or(|known| known.state != state) {
+            self.known.remove(&inode);
+            self.known.extend(read().map(|known| (inode, known)));
         }
     }
 

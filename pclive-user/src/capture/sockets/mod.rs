@@ -236,7 +236,6 @@ impl SocketCapture {
         if access == Access::Frozen
             && let Some(known) = self.tables.known(socket, inode)
         {
-            self.known += 1;
             return self.capture_tcp(source, known.ipv6, Some(known));
         }
         if !self.tables.has(socket) {
@@ -276,7 +275,8 @@ impl SocketCapture {
         ipv6: bool,
         known: Option<ReadAhead>,
     ) -> Result<DescriptionKind, SocketError> {
-        let socket = tcp::capture(source, ipv6, known, &mut self.provision)?;
+        let (socket, was_known) = tcp::capture(source, ipv6, known, &mut self.provision)?;
+        self.known += u64::from(was_known);
         if let (TcpState::Connected(connection), Some(local), Access::Frozen) =
             (&socket.state, socket.local, source.access)
         {

@@ -9,6 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use pclive_sys::namespace::run_in_netns;
 use pclive_sys::sock_diag::{SockDiag, TcpEntry, UnixEntry};
 use pclive_sys::sockopt;
+use pclive_sys::tcp::TcpInfo;
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -46,7 +47,7 @@ impl SocketTables {
         self.ahead().watches()
     }
 
-    /// Reads the options of a socket of the running container, if it is one that capture takes and they are not known.
+    /// Looks at a socket of the running container, if it is one that has options to be read ahead.
     pub fn read_ahead(&self, socket: BorrowedFd<'_>, inode: u64) {
         let source = Source { fd: socket, inode, access: Access::Survey };
         let ipv6 = match source.kind() {
@@ -54,9 +55,10 @@ impl SocketTables {
             Ok((libc::AF_INET6, libc::IPPROTO_TCP)) => true,
             _ => return,
         };
-        if self.has(socket) {
-            let connected = tcp::is_connected(source);
-            self.ahead().learn(socket, inode, connected, || tcp::read_ahead(source, ipv6, connected));
+        if self.has(socket)
+            && let Ok(info) = TcpInfo::of(socket)
+        {
+            self.ahead().learn(socket, inode, info.state, || tcp::read_ahead(source, ipv6, info.state));
         }
     }
 

@@ -16,17 +16,19 @@ use std::os::fd::AsRawFd;
 /// How often the two ends of a connection are read before they are declared restless.
 const PAIR_ATTEMPTS: usize = 16;
 
-/// Captures one TCP socket, of which something may be known.
+/// Captures one TCP socket, of which something may be known. Also says whether it was.
 pub(super) fn capture(
     source: Source<'_>,
     ipv6: bool,
     known: Option<ReadAhead>,
     provision: &mut Provision,
-) -> Result<TcpSocket, SocketError> {
-    if known.is_none() {
+) -> Result<(TcpSocket, bool), SocketError> {
+    let info = source.call("TCP_INFO", TcpInfo::of(source.fd))?;
+    let known = known.filter(|known| known.state == info.state);
+    let was_known = known.is_some();
+    if !was_known {
         refuse_extensions(source)?;
     }
-    let info = source.call("TCP_INFO", TcpInfo::of(source.fd))?;
     let local = source.call("getsockname", getsockname(source.fd.as_raw_fd()).and_then(to_std))?;
     let bound = local.port() != 0 || !local.ip().is_unspecified();
     let state = match info.state {
@@ -46,31 +48,31 @@ pub(super) fn capture(
         ));
     }
     let connected = matches!(state, TcpState::Connected(_));
-    let options = match known.filter(|known| known.connected == connected) {
-        Some(known) => known.options_now(source)?,
+    let options = match known {
+        Some(known) => known.options_now(source, connected)?,
         None => source.options(Family::tcp(ipv6), connected, |_| true)?,
     };
-    Ok(TcpSocket {
+    let socket = TcpSocket {
         ipv6,
         local: (bound && !matches!(state, TcpState::Dead)).then_some(local),
         state,
         owner: source.owner()?,
         options,
-    })
+    };
+    Ok((socket, was_known))
 }
 
-/// What only `setsockopt(2)` changes of a socket. Nothing of one that cannot be moved: the freeze finds that out.
-pub(super) fn read_ahead(source: Source<'_>, ipv6: bool, connected: bool) -> Option<ReadAhead> {
+/// What only `setsockopt(2)` changes of a socket in `state`. Nothing of one that cannot be moved: the freeze finds that out.
+pub(super) fn read_ahead(source: Source<'_>, ipv6: bool, state: u8) -> Option<ReadAhead> {
+    let connected = match state {
+        state::LISTEN | state::CLOSE => false,
+        state::SYN_SENT | state::SYN_RECV => return None,
+        _ => true,
+    };
     refuse_extensions(source).ok()?;
     let lasting = |option: &options::Known| !option.changes_by_itself();
     let options = source.options(Family::tcp(ipv6), connected, lasting).ok()?;
-    Some(ReadAhead { ipv6, connected, options })
-}
-
-/// Whether a socket is captured as a connection.
-pub(super) fn is_connected(source: Source<'_>) -> bool {
-    let unconnected = [state::LISTEN, state::CLOSE, state::SYN_SENT, state::SYN_RECV];
-    TcpInfo::of(source.fd).is_ok_and(|info| !unconnected.contains(&info.state))
+    Some(ReadAhead { ipv6, state, options })
 }
 
 /// What a socket can carry beyond TCP, and nobody can read out of it.

@@ -3,6 +3,7 @@
 use super::sent::Sent;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
+use crate::capture::proc::Status;
 use crate::capture::process::{ProcessError, capture_layout, capture_running_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, reread_tree};
@@ -47,7 +48,7 @@ pub type LastPages = (Arc<ProcessMemory>, Dirty);
 struct Live {
     vmas: VmaReader,
     tracked: Option<TrackedProcess>,
-    /// That of the descriptor table, in the last round.
+    /// That of the descriptor table in the last round; 0 if there was none.
     fd_size: u32,
 }
 
@@ -93,6 +94,10 @@ impl Live {
     ) -> Result<(Process, LastPages), ContainerError> {
         let pid = process.pid;
         let track = |source| ContainerError::Track { pid, source };
+        if self.fd_size == 0 {
+            let status = Status::of_process(pid).map_err(ProcessError::from);
+            self.fd_size = status.map_err(|source| ContainerError::Process { pid, source })?.fd_size;
+        }
         let layout = capture_layout(process, parent, threads, self.fd_size, &mut self.vmas)
             .map_err(|source| ContainerError::Process { pid, source })?;
         loop {

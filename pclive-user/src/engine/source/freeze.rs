@@ -54,7 +54,10 @@ impl Migration<'_> {
                 Ok(()) => return Ok(()),
                 Err(reasons) => transient = reasons,
             }
+            // The attempt has touched them itself.
+            self.look_at_sockets();
             std::thread::sleep(BETWEEN_ATTEMPTS);
+            self.look_at_sockets();
         }
         Err(MigrateError::Transient(transient))
     }

@@ -196,10 +196,7 @@ pub fn migrate(
     let sender = PageSender::connect(options.to, accepted.token, 0, pace)?.with_zero_copy(options.zero_copy);
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
-    let mut observer = tracker.observe(container.cgroup())?;
-    if let Some(watch) = observer.as_mut().and_then(WriteObserver::take_option_watch) {
-        container.env().sockets.watch_options(Box::new(watch));
-    }
+    let observer = observe(tracker, &container)?;
     let mut migration = Migration {
         options,
         runtime,
@@ -225,6 +222,15 @@ pub fn migrate(
     migration.finish_report();
     *report = migration.report;
     result
+}
+
+/// Attaches the tracker's eBPF programs, if it has any.
+fn observe(tracker: Tracker, container: &Container) -> Result<Option<WriteObserver>, MigrateError> {
+    let mut observer = tracker.observe(container.cgroup())?;
+    if let Some(watch) = observer.as_mut().and_then(WriteObserver::take_option_watch) {
+        container.env().sockets.watch_options(Box::new(watch));
+    }
+    Ok(observer)
 }
 
 /// Finds every obstacle before anything is touched.

@@ -38,6 +38,7 @@ impl Migration<'_> {
             return Ok(());
         }
         let mut nice = self.options.nice;
+        self.look_at_sockets();
         loop {
             match decide(&left, &bandwidth, &limits) {
                 Decision::Round => {}
@@ -51,6 +52,7 @@ impl Migration<'_> {
             // The blackout will know no rate limit.
             let paced = self.sender.paced() - paced;
             bandwidth.observe(report.bytes, Duration::from_micros(report.duration_us).saturating_sub(paced));
+            self.look_at_sockets();
             let pages = self.left_to_send()?;
             let bytes = pages * bytes_per_page(&report);
             expected = Some(pages);
@@ -60,10 +62,12 @@ impl Migration<'_> {
             if is_short || loses_the_race(report.dirty_pages, pages) {
                 nice = 0;
             }
-            if is_short {
-                read_options_ahead(self.container.processes(), &self.container.env().sockets);
-            }
         }
+    }
+
+    /// Learns of sockets what can be known ahead of the freeze.
+    pub(super) fn look_at_sockets(&self) {
+        read_options_ahead(self.container.processes(), &self.container.env().sockets);
     }
 
     /// How many pages would have to be sent if the container were frozen now.

@@ -170,9 +170,7 @@ struct Says {
 }
 
 impl OptionWatch for Says {
-    fn watch(&mut self, _socket: BorrowedFd<'_>) -> bool {
-        true
-    }
+    fn watch(&mut self, _socket: BorrowedFd<'_>) {}
 
     fn is_unchanged(&self, _socket: BorrowedFd<'_>) -> bool {
         self.unchanged
