@@ -24,7 +24,7 @@ pub(super) mod map {
     pub const LOST: &str = "LOST";
     pub const CONTAINER: &str = "CONTAINER";
     pub const PROCESSES: &str = "PROCESSES";
-    pub const OPTIONS_READ: &str = "OPTIONS_READ";
+    pub const OPTIONS_UNCHANGED: &str = "OPTIONS_UNCHANGED";
 }
 
 /// Globals of the object that hold offsets in kernel structures.
@@ -177,13 +177,14 @@ impl ProgramLoader {
             .load(OBJECT)
             .map_err(ObserveError::Maps)?;
         let log = EbpfLogger::init(&mut ebpf).map_err(ObserveError::Log)?;
-        let mut programs = Programs { ebpf, source, watch, sees_options: false, log };
+        let mut programs = Programs { ebpf, source, watch, log };
         // First, what the kernel may refuse.
         programs.load_faults()?;
         for program in programs.without_faults() {
             programs.raw_tracepoint(program)?.load().map_err(|error| refusal(program, error))?;
         }
-        programs.sees_options = programs.load_options().inspect_err(no_options).is_ok();
+        // It is faster with this one, and works without.
+        let _ = programs.load_options().inspect_err(no_options);
         Ok(programs)
     }
 }
@@ -206,8 +207,6 @@ pub struct Programs {
     ebpf: Ebpf,
     source: FaultSource,
     watch: Watch,
-    /// Whether the kernel lets pclive notice that options of sockets are set. It is faster with it, and works without.
-    sees_options: bool,
     log: EbpfLogger<&'static dyn log::Log>,
 }
 
@@ -217,7 +216,7 @@ impl Programs {
         let path = container.path();
         let directory =
             File::open(path).map_err(|source| ObserveError::OpenCgroup { path: path.into(), source })?;
-        let options = self.attach_options(&directory).inspect_err(no_options).ok().flatten();
+        let options = self.attach_options(&directory).inspect_err(no_options).ok();
         self.set_container(directory)?;
         self.attach_all()?;
         // Only now, so that no process started meanwhile is missed. One that ended meanwhile stays in the map, unused.
@@ -250,16 +249,13 @@ impl Programs {
         program.load().map_err(|error| refusal(OPTIONS_PROGRAM, error))
     }
 
-    fn attach_options(&mut self, cgroup: &File) -> Result<Option<StoredMarks>> {
-        if !self.sees_options {
-            return Ok(None);
-        }
+    fn attach_options(&mut self, cgroup: &File) -> Result<StoredMarks> {
         let of = |source| ObserveError::Attach { program: OPTIONS_PROGRAM, source };
         let program: &mut CgroupSockopt = self.program(OPTIONS_PROGRAM)?;
         // A link takes no flags, and others may attach beside it (`cgroup_bpf_link_attach` in kernel/bpf/cgroup.c).
         let link = program.attach(cgroup, CgroupAttachMode::Single).map_err(of)?;
         let link = program.take_link(link).map_err(of)?;
-        Ok(Some(StoredMarks::new(self.take_map(map::OPTIONS_READ)?, link)))
+        Ok(StoredMarks::new(self.take_map(map::OPTIONS_UNCHANGED)?, link))
     }
 
     /// The programs besides those that see faults; each has its tracepoint's name.

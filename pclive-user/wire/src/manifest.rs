@@ -46,8 +46,8 @@ pub struct Process {
     pub vmas: Vec<Vma>,
     /// Threads; the first is the leader (`tid == pid`).
     pub threads: Vec<Thread>,
-    /// How many descriptors its table can hold by now (`FDSize` of proc_pid_status(5)), if that is known: the destination
-    /// makes as much room ahead of the blackout.
+    /// How many descriptors its table can hold by now (`FDSize` of proc_pid_status(5)): the destination makes as much
+    /// room ahead of the blackout.
     pub fd_size: u32,
     /// What only a frozen process has. Boxed, so that a peer's list of empty processes costs little memory to decode.
     pub state: Option<Box<ProcessState>>,

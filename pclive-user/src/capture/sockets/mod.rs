@@ -172,6 +172,7 @@ pub struct SocketCapture {
     connections: Vec<Connection>,
     captured_unix: HashSet<u32>,
     provision: Provision,
+    /// How many sockets' options had been read ahead.
     known: u64,
 }
 

@@ -64,11 +64,7 @@ pub(super) fn capture(
 
 /// What only `setsockopt(2)` changes of a socket in `state`. Nothing of one that cannot be moved: the freeze finds that out.
 pub(super) fn read_ahead(source: Source<'_>, ipv6: bool, state: u8) -> Option<ReadAhead> {
-    let connected = match state {
-        state::LISTEN | state::CLOSE => false,
-        state::SYN_SENT | state::SYN_RECV => return None,
-        _ => true,
-    };
+    let connected = !matches!(state, state::LISTEN | state::CLOSE);
     refuse_extensions(source).ok()?;
     let lasting = |option: &options::Known| !option.changes_by_itself();
     let options = source.options(Family::tcp(ipv6), connected, lasting).ok()?;

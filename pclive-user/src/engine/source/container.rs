@@ -3,7 +3,6 @@
 use super::sent::Sent;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
-use crate::capture::proc::Status;
 use crate::capture::process::{ProcessError, capture_layout, capture_running_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, reread_tree};
@@ -48,8 +47,6 @@ pub type LastPages = (Arc<ProcessMemory>, Dirty);
 struct Live {
     vmas: VmaReader,
     tracked: Option<TrackedProcess>,
-    /// That of the descriptor table in the last round; 0 if there was none.
-    fd_size: u32,
 }
 
 impl Live {
@@ -66,7 +63,6 @@ impl Live {
         loop {
             let threads = running_threads(pid)?;
             let layout = capture_running_layout(process, parent, &threads, &mut self.vmas).map_err(at)?;
-            self.fd_size = layout.fd_size;
             let tracked = match &mut self.tracked {
                 Some(tracked) => tracked,
                 none => {
@@ -89,16 +85,15 @@ impl Live {
         &mut self,
         process: &SourceProcess,
         parent: NsPid,
-        threads: Vec<Thread>,
+        stopped: &StoppedProcess,
         sent: &PageSet,
     ) -> Result<(Process, LastPages), ContainerError> {
         let pid = process.pid;
         let track = |source| ContainerError::Track { pid, source };
-        if self.fd_size == 0 {
-            let status = Status::of_process(pid).map_err(ProcessError::from);
-            self.fd_size = status.map_err(|source| ContainerError::Process { pid, source })?.fd_size;
-        }
-        let layout = capture_layout(process, parent, threads, self.fd_size, &mut self.vmas)
+        let threads =
+            stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
+        let fd_size = stopped.leader().status.fd_size;
+        let layout = capture_layout(process, parent, threads, fd_size, &mut self.vmas)
             .map_err(|source| ContainerError::Process { pid, source })?;
         loop {
             let tracked = match &mut self.tracked {
@@ -175,7 +170,7 @@ impl Container {
         let alive: HashSet<HostPid> = self.processes.iter().map(|process| process.pid).collect();
         self.live.retain(|pid, _| alive.contains(pid));
         for process in &self.processes {
-            let vmas = || Live { vmas: VmaReader::new(process.pid), tracked: None, fd_size: 0 };
+            let vmas = || Live { vmas: VmaReader::new(process.pid), tracked: None };
             self.live.entry(process.pid).or_insert_with(vmas);
         }
         Ok(())
@@ -295,9 +290,7 @@ impl Container {
         for (process, stopped) in self.processes.iter().zip(stopped) {
             let parent = ns_pid(&self.processes, process.parent);
             let live = self.live.get_mut(&process.pid).expect("every process has an entry");
-            let threads =
-                stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
-            round.push(live.last_round(process, parent, threads, &sent.pages(process.ns_pid))?);
+            round.push(live.last_round(process, parent, stopped, &sent.pages(process.ns_pid))?);
         }
         Ok(round)
     }

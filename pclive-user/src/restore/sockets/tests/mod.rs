@@ -119,21 +119,12 @@ impl Lab {
 
     /// Moves the sockets to the other host and lets them live there.
     fn migrate(&mut self, sockets: Vec<OwnedFd>) -> Vec<OwnedFd> {
-        let (restored, _) = self.migrate_timed(sockets);
+        let (restored, _) = self.migrate_timed(sockets, self.tables(self.current));
         restored
     }
 
-    fn migrate_timed(&mut self, sockets: Vec<OwnedFd>) -> (Vec<OwnedFd>, Timing) {
-        let tables = self.tables(self.current);
-        self.migrate_looked_up(sockets, tables)
-    }
-
     /// The same with tables that may know something of the sockets.
-    fn migrate_looked_up(
-        &mut self,
-        sockets: Vec<OwnedFd>,
-        tables: Arc<SocketTables>,
-    ) -> (Vec<OwnedFd>, Timing) {
+    fn migrate_timed(&mut self, sockets: Vec<OwnedFd>, tables: Arc<SocketTables>) -> (Vec<OwnedFd>, Timing) {
         self.down(self.current);
         let start = Instant::now();
         let mut capture = SocketCapture::begin(tables, None).unwrap();

@@ -370,7 +370,7 @@ fn the_cost_of_a_socket_is_small() {
         let tables = lab.tables(0);
         tables.watch_options(Box::new(Says { unchanged: known }));
         servers.iter().for_each(|socket| tables.read_ahead(socket.as_fd(), inode(socket)));
-        let (moved, timing) = lab.migrate_looked_up(servers, tables);
+        let (moved, timing) = lab.migrate_timed(servers, tables);
         println!("{count} connections, known: {known}: {timing:?}");
         for (mut client, server) in clients.into_iter().zip(moved) {
             let mut server = TcpStream::from(server);
