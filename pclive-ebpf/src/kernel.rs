@@ -16,6 +16,8 @@ static SIGNAL_LIVE: Offset = Offset::new(0);
 #[unsafe(no_mangle)]
 static VMA_MM: Offset = Offset::new(0);
 #[unsafe(no_mangle)]
+static VMA_FLAGS: Offset = Offset::new(0);
+#[unsafe(no_mangle)]
 static MM_OWNER: Offset = Offset::new(0);
 
 /// A kernel pointer that came as a program's argument or out of another object.
@@ -65,4 +67,10 @@ pub fn task_was_last(task: Object) -> bool {
 #[inline(always)]
 pub fn vma_owner(vma: Object) -> Option<u32> {
     task_tgid(vma.follow(VMA_MM.load())?.follow(MM_OWNER.load())?)
+}
+
+/// `vma->vm_flags`.
+#[inline(always)]
+pub fn vma_flags(vma: Object) -> Option<u64> {
+    vma.read(VMA_FLAGS.load())
 }

@@ -1,4 +1,5 @@
-//! eBPF programs that watch one container: its write faults, its address-space changes, its processes, its sockets.
+//! eBPF programs that watch one container: its write faults, its address-space changes, its processes, its sockets; and one
+//! that is asked for the flags of its mappings.
 //!
 //! The container is a cgroup v2 directory with everything below it, put into a map by the user side before it
 //! attaches anything. Every program reports through `events`; what does not fit is counted there, never forgotten.
@@ -11,6 +12,7 @@ mod container;
 mod events;
 mod faults;
 mod kernel;
+mod mappings;
 mod processes;
 mod sockets;
 

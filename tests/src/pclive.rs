@@ -277,6 +277,8 @@ pub struct MigrationReport {
     pub rounds: Vec<Round>,
     /// Sockets whose options were known before the freeze.
     pub sockets_known: u64,
+    /// Mappings whose flags eBPF told.
+    pub mappings_asked: u64,
     /// Pages that were zero and not sent.
     pub zero_pages: u64,
     /// Bytes on the wire.

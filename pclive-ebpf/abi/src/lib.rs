@@ -107,6 +107,15 @@ pub enum Ring {
     Changes = 1,
 }
 
+/// A question for the flags of a process's mappings (`vm_flags`), and the answer, which takes its place.
+///
+/// The first word has the process (thread group) below and the number of mappings above; 0 once it is answered. Each of the
+/// others has an address in a mapping, then the flags of that mapping; 0 if it has not been found.
+pub type FlagQuestion = [u64; FLAG_QUESTION_WORDS];
+
+/// Words of a [`FlagQuestion`]: 1 KiB.
+pub const FLAG_QUESTION_WORDS: usize = 128;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@ use super::SourceProcess;
 use super::proc::{self, ProcError, Stat, Status};
 use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
 use super::vmas::{VmaError, VmaReader};
+use nix::errno::Errno;
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::script::{
@@ -96,7 +97,8 @@ pub fn capture_running_layout(
     let pid = process.pid;
     let fd_size = Status::of_process(pid)?.fd_size;
     for _ in 0..LAYOUT_ATTEMPTS {
-        let layout = capture_layout(process, parent, threads.to_vec(), fd_size, vmas)?;
+        let read = || Ok(vmas.read()?.to_vec());
+        let layout = capture_layout(process, parent, threads.to_vec(), fd_size, read)?;
         let stat = Stat::of(pid)?;
         let bounds = (stat.start_code, stat.start_stack, stat.arg_start);
         let mm = &layout.mm;
@@ -108,18 +110,18 @@ pub fn capture_running_layout(
     Err(ProcessError::Executing(pid))
 }
 
-/// The layout of a process: everything that can be read without stopping it.
+/// The layout of a process: everything that can be read without stopping it. Its mappings are what `read_vmas` reads.
 pub fn capture_layout(
     process: &SourceProcess,
     parent: NsPid,
     threads: Vec<Thread>,
     fd_size: u32,
-    vmas: &mut VmaReader,
+    read_vmas: impl FnOnce() -> Result<Vec<Vma>, ProcessError>,
 ) -> Result<Process, ProcessError> {
     let pid = process.pid;
     let exe = proc::link(&format!("{pid}/exe"))?;
     let stat = Stat::of(pid)?;
-    let vmas = vmas.read()?.to_vec();
+    let vmas = read_vmas()?;
     let start_brk = VirtAddr(stat.start_brk);
     let mm = MmBounds {
         start_code: VirtAddr(stat.start_code),
@@ -164,13 +166,9 @@ pub fn capture_stopped(
     stopped: &StoppedProcess,
     unbound: &[CpuSet],
 ) -> Result<Process, ProcessError> {
-    let pid = stopped.pid;
-    let (memory, footing) = prepare_injection(pid, vdso(&layout.vmas))?;
-    let leader = stopped.leader();
-    let is_init = leader.ns_tid == NsPid(1);
-    let footing = footing.with_dispositions(Dispositions { caught: leader.status.caught, is_init });
+    let (memory, footing) = footing_of(stopped, vdso(&layout.vmas))?;
     let Asked { timers, of_process, of_thread, answers } =
-        Borrowed::lend(&leader.tracee, &footing, |borrowed| {
+        Borrowed::lend(&stopped.leader().tracee, &footing, |borrowed| {
             borrowed.with_arena(ARENA_SIZE, |arena| Asked::ask(stopped, borrowed, arena))
         })?;
     layout.threads = capture_threads(stopped, &memory, &of_thread, &answers, unbound)?;
@@ -178,6 +176,29 @@ pub fn capture_stopped(
     layout.mm.brk = of_process.brk(of_leader);
     layout.state = Some(Box::new(process_state(stopped, &of_process, of_leader, timers)?));
     Ok(layout)
+}
+
+/// The memory of a stopped process, and where its leader makes calls.
+fn footing_of(
+    stopped: &StoppedProcess,
+    vdso: Option<PageRange>,
+) -> Result<(Arc<ProcessMemory>, Footing), ProcessError> {
+    let (memory, footing) = prepare_injection(stopped.pid, vdso)?;
+    let leader = stopped.leader();
+    let is_init = leader.ns_tid == NsPid(1);
+    Ok((memory, footing.with_dispositions(Dispositions { caught: leader.status.caught, is_init })))
+}
+
+/// Has the leader of a stopped process, which has its vDSO at `vdso`, call `wait4(2)` for itself. That changes nothing, as
+/// nobody is a child of its own, but passes by a tracepoint.
+pub fn call_wait(stopped: &StoppedProcess, vdso: PageRange) -> Result<(), ProcessError> {
+    let (_, footing) = footing_of(stopped, Some(vdso))?;
+    let leader = stopped.leader();
+    let args = [leader.ns_tid.0 as u64, 0, libc::WNOHANG as u64, 0];
+    Borrowed::lend(&leader.tracee, &footing, |borrowed| match borrowed.call("wait4", libc::SYS_wait4, args) {
+        Err(error) if error.errno() != Some(Errno::ECHILD) => Err(error.into()),
+        _ => Ok(()),
+    })
 }
 
 /// What the threads of a process have been asked, and what each has answered: the leader first, which answers for the

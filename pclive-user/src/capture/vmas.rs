@@ -1,12 +1,14 @@
 //! Mappings: `/proc/PID/maps` and the flags of `smaps`.
 //!
 //! `smaps` walks the page tables of everything it prints, which takes milliseconds for each GiB. So it is read only when
-//! the text of `maps` has changed since; in the blackout that is usually never.
+//! the text of `maps` has changed since. In the blackout that is too long: there the kernel is asked for the flags of those
+//! mappings alone that are new or have changed, where a [`FlagSource`] can ask it.
 
 use pclive_wire::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
 use pclive_wire::{HostPid, PageRange, VirtAddr};
 use procfs::FromRead;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps, VmFlags};
+use std::collections::HashSet;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -44,8 +46,20 @@ pub enum VmaError {
 /// A mapping that cannot be moved, and why.
 pub type UnsupportedVma = (PageRange, &'static str);
 
+/// Asks the kernel for the flags of single mappings.
+pub trait FlagSource: std::fmt::Debug + Send {
+    /// The flags of the mappings at these addresses of process `pid`, which stands still. `wait` has a thread of it call
+    /// `wait4(2)`, and says whether it did. `None` if not all can be told.
+    fn flags(
+        &mut self,
+        pid: HostPid,
+        mappings: &[VirtAddr],
+        wait: &mut dyn FnMut() -> bool,
+    ) -> Option<Vec<VmFlags>>;
+}
+
 /// The mappings of one process, read again only when they changed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct VmaReader {
     pid: HostPid,
     text: Vec<u8>,
@@ -63,9 +77,21 @@ impl VmaReader {
     /// Of a running process they may be a mixture of several moments, because the kernel gives them out piece by piece;
     /// then they are read again the next time. Of a stopped process they are exact.
     pub fn read(&mut self) -> Result<&[Vma], VmaError> {
+        self.read_asking(|_vdso, _mappings| None)
+    }
+
+    /// The same of a stopped process, whose mappings `ask` tells the flags of, if it can, so that `smaps` need not be read. It is
+    /// given where the vDSO is.
+    pub fn read_asking(
+        &mut self,
+        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Option<Vec<VmFlags>>,
+    ) -> Result<&[Vma], VmaError> {
         let maps = read_file(&self.path("maps"))?;
         if maps != self.text {
-            let all = self.parse(&read_file(&self.path("smaps"))?)?;
+            let all = match self.changed(&maps, ask)? {
+                Some(all) => all,
+                None => self.parse(&read_file(&self.path("smaps"))?)?,
+            };
             if let Some(&(range, reason)) = all.unsupported.first() {
                 return Err(VmaError::Unsupported { pid: self.pid, range, reason });
             }
@@ -73,6 +99,32 @@ impl VmaReader {
             self.text = if all.complete && all.maps == maps { maps } else { Vec::new() };
         }
         Ok(&self.vmas)
+    }
+
+    /// What `maps` says, with the flags that are known of mappings whose lines are as before, and those that `ask` tells of the
+    /// others.
+    fn changed(
+        &self,
+        maps: &[u8],
+        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Option<Vec<VmFlags>>,
+    ) -> Result<Option<Smaps>, VmaError> {
+        let before: HashSet<&[u8]> = lines(&self.text).collect();
+        let (known, changed): (Vec<_>, Vec<_>) =
+            self.mappings("maps", maps)?.into_iter().zip(lines(maps)).partition(|(_, line)| before.contains(line));
+        let vdso = known.iter().chain(&changed).find(|(map, _)| map.pathname == MMapPath::Vdso);
+        let starts: Vec<VirtAddr> = changed.iter().map(|(map, _)| range(map).start).collect();
+        // Without anything known there is nothing to be gained.
+        let Some((vdso, _)) = vdso.filter(|_| !known.is_empty()) else { return Ok(None) };
+        let Some(flags) = ask(range(vdso), &starts) else { return Ok(None) };
+        let mut all = Smaps { maps: maps.to_vec(), ..Smaps::default() };
+        let is_known: HashSet<VirtAddr> = known.iter().map(|(map, _)| range(map).start).collect();
+        all.vmas.extend(self.vmas.iter().filter(|vma| is_known.contains(&vma.range.start)).cloned());
+        for ((mut map, _), flags) in changed.into_iter().zip(flags) {
+            map.extension.vm_flags = flags;
+            self.add(map, &mut all);
+        }
+        all.vmas.sort_by_key(|vma| vma.range.start);
+        Ok(Some(all))
     }
 
     /// Every mapping that cannot be moved, by the text of `smaps`, for preflight.
@@ -85,20 +137,25 @@ impl VmaReader {
     }
 
     fn parse(&self, smaps: &[u8]) -> Result<Smaps, VmaError> {
-        let maps = MemoryMaps::from_read(smaps)
-            .map_err(|source| VmaError::Parse { path: self.path("smaps"), source })?;
-        let mut all =
-            Smaps { maps: maps_lines(smaps), vmas: Vec::new(), unsupported: Vec::new(), complete: true };
-        for map in maps {
-            let range = range(&map);
-            let is_file = matches!(map.pathname, MMapPath::Path(_));
-            match self.convert(map, range) {
-                Ok(Some(vma)) => all.vmas.push(vma),
-                Ok(None) => all.complete &= !is_file,
-                Err(reason) => all.unsupported.push((range, reason)),
-            }
+        let mut all = Smaps { maps: maps_lines(smaps), ..Smaps::default() };
+        for map in self.mappings("smaps", smaps)? {
+            self.add(map, &mut all);
         }
         Ok(all)
+    }
+
+    fn mappings(&self, file: &str, text: &[u8]) -> Result<MemoryMaps, VmaError> {
+        MemoryMaps::from_read(text).map_err(|source| VmaError::Parse { path: self.path(file), source })
+    }
+
+    fn add(&self, map: MemoryMap, all: &mut Smaps) {
+        let range = range(&map);
+        let is_file = matches!(map.pathname, MMapPath::Path(_));
+        match self.convert(map, range) {
+            Ok(Some(vma)) => all.vmas.push(vma),
+            Ok(None) => all.complete &= !is_file,
+            Err(reason) => all.unsupported.push((range, reason)),
+        }
     }
 
     /// One mapping; none for those the kernel puts into every process alike.
@@ -204,10 +261,19 @@ struct Smaps {
     complete: bool,
 }
 
+impl Default for Smaps {
+    fn default() -> Self {
+        Self { maps: Vec::new(), vmas: Vec::new(), unsupported: Vec::new(), complete: true }
+    }
+}
+
+fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    text.split_inclusive(|&byte| byte == b'\n')
+}
+
 /// The lines of `smaps` that are also those of `maps`: they begin with an address, the others with a capital letter.
 fn maps_lines(smaps: &[u8]) -> Vec<u8> {
-    let lines = smaps.split_inclusive(|&byte| byte == b'\n');
-    lines.filter(|line| !line[0].is_ascii_uppercase()).flatten().copied().collect()
+    lines(smaps).filter(|line| !line[0].is_ascii_uppercase()).flatten().copied().collect()
 }
 
 /// A mapping that grew while the list was read may be in it twice.
@@ -233,7 +299,8 @@ pub fn special_mapping(name: &MMapPath) -> Option<SpecialMapping> {
     }
 }
 
-fn vma_flags(flags: VmFlags) -> VmaFlags {
+/// What of a mapping's flags the destination is told.
+pub fn vma_flags(flags: VmFlags) -> VmaFlags {
     const TABLE: [(VmFlags, u16); 11] = [
         (VmFlags::GD, VmaFlags::GROWSDOWN),
         (VmFlags::NR, VmaFlags::NORESERVE),
@@ -258,12 +325,40 @@ fn read_file(path: &Path) -> Result<Vec<u8>, VmaError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use memmap2::MmapOptions;
+    use pclive_wire::PAGE_SIZE;
 
     #[test]
     fn smaps_has_the_lines_of_maps() {
         let smaps = b"55d0-55d4 r--p 00000000 fe:00 12 /bin/cat\nSize: 16 kB\nVmFlags: rd mr\nff60-ff61 --xp 0 00:00 0\n";
         let maps: &[u8] = b"55d0-55d4 r--p 00000000 fe:00 12 /bin/cat\nff60-ff61 --xp 0 00:00 0\n";
         assert_eq!(maps_lines(smaps), maps);
+    }
+
+    #[test]
+    fn only_mappings_that_have_changed_are_asked_for() {
+        let us = HostPid(std::process::id() as i32);
+        let mut reader = VmaReader::new(us);
+        // Other tests change mappings meanwhile.
+        while reader.text.is_empty() {
+            reader.read().unwrap();
+        }
+        let known = reader.vmas.len();
+        // Which does not become a part of one that was there.
+        let mapping = MmapOptions::new().len(PAGE_SIZE as usize).no_reserve_swap().map_anon().unwrap();
+        let new = VirtAddr(mapping.as_ptr() as u64);
+        let flags_of = |vmas: &[Vma]| vmas.iter().find(|vma| vma.range.start == new).map(|vma| vma.flags);
+
+        let (mut asked, mut beside) = (Vec::new(), reader.clone());
+        let told = |_vdso, mappings: &[VirtAddr]| {
+            asked = mappings.to_vec();
+            Some(vec![VmFlags::DD; mappings.len()])
+        };
+        let flags = flags_of(reader.read_asking(told).unwrap());
+        assert_eq!(flags, Some(VmaFlags(VmaFlags::DONTDUMP)), "as it was told");
+        assert!(asked.contains(&new) && asked.len() < known / 2, "{} of {known} mappings", asked.len());
+        let flags = flags_of(beside.read().unwrap());
+        assert_eq!(flags, Some(VmaFlags(VmaFlags::NORESERVE)), "as smaps has it, where nobody tells");
     }
 
     #[test]

@@ -5,6 +5,7 @@ pub mod btf;
 pub mod digests;
 pub mod heat;
 mod last_look;
+pub mod mapping_flags;
 pub mod observer;
 pub mod option_watch;
 pub mod programs;

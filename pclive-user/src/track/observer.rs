@@ -9,6 +9,7 @@
 //! writes cannot push out the news of a fork. Lost writes are answered by a scan, lost changes by reading the process
 //! list and the maps again.
 
+use super::mapping_flags::MappingFlags;
 use super::option_watch::StoredMarks;
 use super::programs::{Attached, ObserveError, Programs, map, of_map};
 use crate::runtime::Cgroup;
@@ -106,6 +107,11 @@ impl WriteObserver {
     /// What notices that options of the container's sockets are set; once, and only where the kernel has it.
     pub fn take_option_watch(&mut self) -> Option<StoredMarks> {
         self.attached.options.take()
+    }
+
+    /// What tells the flags of mappings; once, and only where the kernel has it.
+    pub fn take_mapping_flags(&mut self) -> Option<MappingFlags> {
+        self.attached.flags.take()
     }
 
     /// Everything seen since the last call. Never waits.

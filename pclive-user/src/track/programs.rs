@@ -4,6 +4,7 @@
 //! processor. So programs are loaded once: those with which a tier was tried are those that are attached.
 
 use super::btf;
+use super::mapping_flags::MappingFlags;
 use super::option_watch::StoredMarks;
 use crate::runtime::{Cgroup, CgroupError};
 use aya::{
@@ -25,6 +26,7 @@ pub(super) mod map {
     pub const CONTAINER: &str = "CONTAINER";
     pub const PROCESSES: &str = "PROCESSES";
     pub const OPTIONS_UNCHANGED: &str = "OPTIONS_UNCHANGED";
+    pub const FLAG_QUESTION: &str = "FLAG_QUESTION";
 }
 
 /// Globals of the object that hold offsets in kernel structures.
@@ -36,6 +38,8 @@ const OFFSETS: [(&str, &str, &str); 6] = [
     ("VMA_MM", "vm_area_struct", "vm_mm"),
     ("MM_OWNER", "mm_struct", "owner"),
 ];
+/// The offset that [`FLAGS_PROGRAM`] needs.
+const VMA_FLAGS: (&str, &str, &str) = ("VMA_FLAGS", "vm_area_struct", "vm_flags");
 
 /// Raw tracepoints of processes; each program has its tracepoint's name.
 const PROCESS_PROGRAMS: [&str; 3] = ["sched_process_fork", "sched_process_exec", "sched_process_exit"];
@@ -43,6 +47,8 @@ const PROCESS_PROGRAMS: [&str; 3] = ["sched_process_fork", "sched_process_exec",
 const ADDRESS_SPACE_PROGRAM: &str = "sys_exit";
 /// The hook of the cgroup that sees options of sockets being set (Linux 5.3).
 const OPTIONS_PROGRAM: &str = "setsockopt";
+/// The raw tracepoint at which a process is asked for the flags of its mappings (`bpf_find_vma`, Linux 5.17).
+const FLAGS_PROGRAM: &str = "sched_process_wait";
 const FAULT_TRACEPOINTS: [&str; 2] = ["page_fault_user", "page_fault_kernel"];
 pub(super) const FAULT_FUNCTION: &str = "handle_mm_fault";
 
@@ -183,8 +189,9 @@ impl ProgramLoader {
         for program in programs.without_faults() {
             programs.raw_tracepoint(program)?.load().map_err(|error| refusal(program, error))?;
         }
-        // It is faster with this one, and works without.
+        // It is faster with these, and works without.
         let _ = programs.load_options().inspect_err(no_options);
+        let _ = programs.load_flags().inspect_err(no_flags);
         Ok(programs)
     }
 }
@@ -198,7 +205,8 @@ fn offsets() -> Result<&'static [(&'static str, u64)]> {
     let blob = btf::read_vmlinux()?;
     let kernel = btf::Btf::parse(&blob)?;
     let of = |(global, structure, member)| Ok((global, kernel.offset_of(structure, member)?));
-    let found = OFFSETS.into_iter().map(of).collect::<Result<_>>()?;
+    let mut found = OFFSETS.into_iter().map(of).collect::<Result<Vec<_>>>()?;
+    found.extend(of(VMA_FLAGS));
     Ok(FOUND.get_or_init(|| found))
 }
 
@@ -217,6 +225,7 @@ impl Programs {
         let directory =
             File::open(path).map_err(|source| ObserveError::OpenCgroup { path: path.into(), source })?;
         let options = self.attach_options(&directory).inspect_err(no_options).ok();
+        let flags = self.attach_flags().inspect_err(no_flags).ok().flatten();
         self.set_container(directory)?;
         self.attach_all()?;
         // Only now, so that no process started meanwhile is missed. One that ended meanwhile stays in the map, unused.
@@ -226,6 +235,7 @@ impl Programs {
             changes: self.take_map(map::CHANGES)?,
             lost: self.take_map(map::LOST)?,
             options,
+            flags,
             log: self.log,
             _programs: self.ebpf,
         })
@@ -247,6 +257,16 @@ impl Programs {
     fn load_options(&mut self) -> Result<()> {
         let program: &mut CgroupSockopt = self.program(OPTIONS_PROGRAM)?;
         program.load().map_err(|error| refusal(OPTIONS_PROGRAM, error))
+    }
+
+    fn load_flags(&mut self) -> Result<()> {
+        self.raw_tracepoint(FLAGS_PROGRAM)?.load().map_err(|error| refusal(FLAGS_PROGRAM, error))
+    }
+
+    fn attach_flags(&mut self) -> Result<Option<MappingFlags>> {
+        let of = |source| ObserveError::Attach { program: FLAGS_PROGRAM, source };
+        self.raw_tracepoint(FLAGS_PROGRAM)?.attach(FLAGS_PROGRAM).map_err(of)?;
+        Ok(MappingFlags::tried(self.take_map(map::FLAG_QUESTION)?))
     }
 
     fn attach_options(&mut self, cgroup: &File) -> Result<StoredMarks> {
@@ -331,6 +351,8 @@ pub struct Attached {
     pub lost: PerCpuArray<MapData, u64>,
     /// Notices that options of sockets are set, where that is possible.
     pub options: Option<StoredMarks>,
+    /// Tells the flags of mappings, where that is possible.
+    pub flags: Option<MappingFlags>,
     /// What the programs have to say themselves.
     pub log: EbpfLogger<&'static dyn log::Log>,
     _programs: Ebpf,
@@ -342,6 +364,10 @@ pub(super) fn of_map(map: &'static str) -> impl Fn(MapError) -> ObserveError {
 
 fn no_options(error: &ObserveError) {
     tracing::debug!(?error, "options of sockets are read in the blackout");
+}
+
+fn no_flags(error: &ObserveError) {
+    tracing::debug!(?error, "flags of mappings that change are read from smaps");
 }
 
 /// The reason in one line; the verifier's log goes to the debug log.

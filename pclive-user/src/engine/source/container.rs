@@ -3,16 +3,17 @@
 use super::sent::Sent;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
-use crate::capture::process::{ProcessError, capture_layout, capture_running_layout};
+use crate::capture::process::{ProcessError, call_wait, capture_layout, capture_running_layout};
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, reread_tree};
-use crate::capture::vmas::VmaReader;
+use crate::capture::vmas::{FlagSource, VmaReader};
 use crate::runtime::{Cgroup, CgroupError, Cpuset};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
 use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::manifest::{Process, Thread};
-use pclive_wire::{HostPid, NsPid, PageSet};
+use pclive_wire::{HostPid, NsPid, PageRange, PageSet, VirtAddr};
+use procfs::process::VmFlags;
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -87,13 +88,18 @@ impl Live {
         parent: NsPid,
         stopped: &StoppedProcess,
         sent: &PageSet,
+        asking: &mut Asking,
     ) -> Result<(Process, LastPages), ContainerError> {
         let pid = process.pid;
         let track = |source| ContainerError::Track { pid, source };
         let threads =
             stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
         let fd_size = stopped.leader().status.fd_size;
-        let layout = capture_layout(process, parent, threads, fd_size, &mut self.vmas)
+        let read = || {
+            let vmas = self.vmas.read_asking(|vdso, mappings| asking.flags(stopped, vdso, mappings))?;
+            Ok(vmas.to_vec())
+        };
+        let layout = capture_layout(process, parent, threads, fd_size, read)
             .map_err(|source| ContainerError::Process { pid, source })?;
         loop {
             let tracked = match &mut self.tracked {
@@ -109,6 +115,31 @@ impl Live {
     }
 }
 
+/// Whom flags of mappings are asked of while the container stands still.
+#[derive(Debug, Default)]
+struct Asking {
+    source: Option<Box<dyn FlagSource>>,
+    /// Mappings whose flags it has told.
+    told: u64,
+}
+
+impl Asking {
+    fn flags(
+        &mut self,
+        stopped: &StoppedProcess,
+        vdso: PageRange,
+        mappings: &[VirtAddr],
+    ) -> Option<Vec<VmFlags>> {
+        let mut wait = || {
+            let called = call_wait(stopped, vdso);
+            called.inspect_err(|error| tracing::debug!(%error, "cannot ask for flags of mappings")).is_ok()
+        };
+        let flags = self.source.as_mut()?.flags(stopped.pid, mappings, &mut wait)?;
+        self.told += flags.len() as u64;
+        Some(flags)
+    }
+}
+
 /// The processes of the container.
 #[derive(Debug)]
 pub struct Container {
@@ -118,6 +149,7 @@ pub struct Container {
     /// Parents before children.
     processes: Vec<SourceProcess>,
     live: HashMap<HostPid, Live>,
+    asking: Asking,
     attach_stop: Duration,
 }
 
@@ -130,6 +162,7 @@ impl Container {
             cpuset: Cpuset::of(init)?,
             processes: Vec::new(),
             live: HashMap::new(),
+            asking: Asking::default(),
             attach_stop: Duration::ZERO,
         };
         container.refresh()?;
@@ -159,6 +192,16 @@ impl Container {
     /// For how long processes were stopped to attach, together.
     pub fn attach_stop(&self) -> Duration {
         self.attach_stop
+    }
+
+    /// Has the flags of mappings that have changed before the freeze asked of `source`, instead of read.
+    pub fn ask_flags_of(&mut self, source: Box<dyn FlagSource>) {
+        self.asking.source = Some(source);
+    }
+
+    /// Mappings whose flags have been asked for.
+    pub fn flags_asked(&self) -> u64 {
+        self.asking.told
     }
 
     /// Reads the process tree again.
@@ -290,7 +333,8 @@ impl Container {
         for (process, stopped) in self.processes.iter().zip(stopped) {
             let parent = ns_pid(&self.processes, process.parent);
             let live = self.live.get_mut(&process.pid).expect("every process has an entry");
-            round.push(live.last_round(process, parent, stopped, &sent.pages(process.ns_pid))?);
+            let sent = sent.pages(process.ns_pid);
+            round.push(live.last_round(process, parent, stopped, &sent, &mut self.asking)?);
         }
         Ok(round)
     }

@@ -119,6 +119,7 @@ impl Migration<'_> {
         self.clock.enter("last dirty pages");
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
             self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
+        self.report.mappings_asked = self.container.flags_asked();
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone(), 0, self.is_short_blackout())?;
         self.sender.lift_limit();

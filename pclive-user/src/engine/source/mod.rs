@@ -176,7 +176,7 @@ pub fn migrate(
     report.container = options.container.to_string();
     report.mode = options.mode.to_string();
     report.tracker = tracker.tier().to_string();
-    let container = preflight(options, runtime)?;
+    let mut container = preflight(options, runtime)?;
     clock.enter("connect");
     let facts = host::facts()?;
     let proposal = Proposal {
@@ -196,7 +196,7 @@ pub fn migrate(
     let sender = PageSender::connect(options.to, accepted.token, 0, pace)?.with_zero_copy(options.zero_copy);
     let freezer = container.cgroup().freezer().map_err(ContainerError::Cgroup)?;
     let links = Links::open(container.env().netns.as_fd(), Some(freezer))?;
-    let observer = observe(tracker, &container)?;
+    let observer = observe(tracker, &mut container)?;
     let mut migration = Migration {
         options,
         runtime,
@@ -225,10 +225,13 @@ pub fn migrate(
 }
 
 /// Attaches the tracker's eBPF programs, if it has any.
-fn observe(tracker: Tracker, container: &Container) -> Result<Option<WriteObserver>, MigrateError> {
+fn observe(tracker: Tracker, container: &mut Container) -> Result<Option<WriteObserver>, MigrateError> {
     let mut observer = tracker.observe(container.cgroup())?;
     if let Some(watch) = observer.as_mut().and_then(WriteObserver::take_option_watch) {
         container.env().sockets.watch_options(Box::new(watch));
+    }
+    if let Some(flags) = observer.as_mut().and_then(WriteObserver::take_mapping_flags) {
+        container.ask_flags_of(Box::new(flags));
     }
     Ok(observer)
 }

@@ -2,7 +2,13 @@
 
 use super::*;
 use crate::{
-    capture::{SourceProcess, sockets::OptionWatch, vmas::VmaReader},
+    capture::{
+        SourceProcess,
+        process::call_wait,
+        sockets::OptionWatch,
+        threads::StoppedProcess,
+        vmas::{FlagSource, VmaReader, find_vdso, range, vma_flags},
+    },
     track::{
         Tier,
         attach::TrackedProcess,
@@ -15,6 +21,7 @@ use pclive_sys::{
 };
 use pclive_wire::NsPid;
 use pclive_wire::PAGE_SIZE;
+use procfs::process::MMapPath;
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Write},
@@ -354,5 +361,31 @@ fn a_source_that_probes_well_attaches_and_one_that_does_not_says_why() {
             }
             (probe, attach) => panic!("{probe:?}, but {attach:?}"),
         }
+    }
+}
+
+#[test]
+fn flags_of_mappings_are_told_as_smaps_says_them() {
+    for source in sources() {
+        let cgroup = TestCgroup::new();
+        let worker = Worker::start(&cgroup.path);
+        let mut observer = cgroup.observe(source, RingSizes::default()).unwrap();
+        let mut flags = observer.take_mapping_flags().expect("this kernel's flags are those known here");
+        let pid = worker.pid();
+        let vdso = find_vdso(pid).unwrap().unwrap();
+        let stopped = StoppedProcess::stop(&source_process(pid)).unwrap();
+        let mut wait = || call_wait(&stopped, vdso).is_ok();
+
+        let smaps = procfs::process::Process::new(pid.0).unwrap().smaps().unwrap();
+        let said: Vec<_> = smaps.iter().filter(|map| map.pathname != MMapPath::Vsyscall).collect();
+        let at: Vec<VirtAddr> = said.iter().map(|map| range(map).start).collect();
+        let told = flags.flags(pid, &at, &mut wait).unwrap();
+        for (map, told) in said.into_iter().zip(told) {
+            assert_eq!(vma_flags(told), vma_flags(map.extension.vm_flags), "{source:?} {map:?}");
+        }
+
+        assert_eq!(flags.flags(pid, &[VirtAddr(0)], &mut wait), None, "there is no mapping");
+        assert_eq!(flags.flags(pid, &at, &mut || true), None, "nobody came by");
+        stopped.resume().unwrap();
     }
 }
