@@ -26,8 +26,8 @@ fn moves() -> usize {
     std::env::var("PCLIVE_MOVES").ok().and_then(|moves| moves.parse().ok()).unwrap_or(5)
 }
 
-/// Back and forth between the hosts, with the workload's `arguments`.
-fn move_memory(arguments: &[&str]) -> Result<()> {
+/// Back and forth between the hosts, with the workload's `arguments`. Returns how many mappings were asked about.
+fn move_memory(arguments: &[&str]) -> Result<u64> {
     move_memory_when(arguments, Lab::new(Some(BitRate::GIGABIT))?, |_, _| Ok(()))
 }
 
@@ -36,12 +36,13 @@ fn move_memory_when(
     arguments: &[&str],
     mut lab: Lab,
     wait: impl Fn(&Lab, &Host) -> Result<()>,
-) -> Result<()> {
+) -> Result<u64> {
     let arguments = ["memory"].iter().chain(arguments).copied().collect::<Vec<_>>();
     let mut memory = Contained::start(&mut lab, NAME, &arguments)?;
     let [there, back] = [lab.destination(), lab.source()].map(|host| Serve::start(&lab, host));
     let (there, back) = (there?, back?);
     memory.check(&lab)?;
+    let mut asked = 0;
     for (number, options) in OPTIONS.into_iter().cycle().take(moves()).enumerate() {
         let (from, to) = if number % 2 == 0 { (lab.source(), &there) } else { (lab.destination(), &back) };
         wait(&lab, from)?;
@@ -55,25 +56,29 @@ fn move_memory_when(
             report.blackout_us
         );
         assert_eq!(lab.traces(from, &memory.container.name)?, Vec::<String>::new(), "{}", context());
+        asked += report.mappings_asked;
     }
-    Ok(())
+    Ok(asked)
 }
 
 #[test]
 fn every_byte_survives_under_full_fire() -> Result<()> {
-    move_memory(&["--mib", "48", "--threads", "3", "--children", "3", "--seed", "11"])
+    let asked = move_memory(&["--mib", "48", "--threads", "3", "--children", "3", "--seed", "11"])?;
+    assert!(asked > 0, "mappings change all the time, and eBPF tells their flags");
+    Ok(())
 }
 
 /// Slow enough that rounds converge, so that most pages arrive before the freeze.
 #[test]
 fn every_byte_survives_while_rounds_converge() -> Result<()> {
-    move_memory(&["--mib", "96", "--threads", "2", "--rate", "200", "--seed", "12"])
+    move_memory(&["--mib", "96", "--threads", "2", "--rate", "200", "--seed", "12"]).map(drop)
 }
 
 /// One thread alone: its stack is the one that the kernel grows, its heap the one that `brk` grows.
 #[test]
 fn every_byte_survives_without_threads_and_children() -> Result<()> {
     move_memory(&["--mib", "32", "--threads", "1", "--children", "0", "--rate", "2000", "--seed", "13"])
+        .map(drop)
 }
 
 /// The workload has the kernel page out some of its memory all the time.
@@ -91,4 +96,5 @@ fn every_byte_survives_in_swap() -> Result<()> {
         }
         Ok(())
     })
+    .map(drop)
 }

@@ -2,19 +2,20 @@
 
 use super::SourceProcess;
 use super::proc::{self, ProcError, Stat, Status};
-use super::threads::{self, StoppedProcess, ThreadError, capture_threads};
-use super::vmas::{VmaError, VmaReader};
+use super::threads::{self, StoppedProcess, StoppedThread, ThreadError, capture_threads};
+use super::vmas::{VmaError, VmaReader, changed_flags};
 use nix::errno::Errno;
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
 use pclive_sys::script::{
-    Arena, Arg, Borrowed, CallRef, DataRef, Dispositions, Footing, Outcome, Script, run_all,
+    Arena, Arg, Borrowed, CallRef, DataRef, Dispositions, Expect, Footing, Outcome, Script, run_all,
 };
 use pclive_wire::manifest::{
     Backing, FdEntry, ItimerSpec, MmBounds, PosixTimer, Process, ProcessState, SigAction, SpecialMapping,
     Thread, Vma,
 };
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
+use procfs::process::VmFlags;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -160,17 +161,26 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
 
 /// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
 /// the process, also on failure. `unbound` is what the kernel says of the processors of threads that are bound to
-/// none.
+/// none. A change of a mapping's flags does not show in its line in `maps`, so `ask` is given the chance to ask for all of them.
 pub fn capture_stopped(
     mut layout: Process,
     stopped: &StoppedProcess,
     unbound: &[CpuSet],
+    ask: impl FnOnce(&[VirtAddr], &mut dyn FnMut()) -> Vec<Option<VmFlags>>,
 ) -> Result<Process, ProcessError> {
     let (memory, footing) = footing_of(stopped, vdso(&layout.vmas))?;
-    let Asked { timers, of_process, of_thread, answers } =
-        Borrowed::lend(&stopped.leader().tracee, &footing, |borrowed| {
+    let mut asked = None;
+    let mut ask_all = || {
+        asked = Some(Borrowed::lend(&stopped.leader().tracee, &footing, |borrowed| {
             borrowed.with_arena(ARENA_SIZE, |arena| Asked::ask(stopped, borrowed, arena))
-        })?;
+        }));
+    };
+    let starts: Vec<VirtAddr> = layout.vmas.iter().map(|vma| vma.range.start).collect();
+    let flags = ask(&starts, &mut ask_all);
+    let Asked { timers, of_process, of_thread, answers } = asked.expect("it is asked once")?;
+    for (vma, flags) in layout.vmas.iter_mut().zip(flags) {
+        vma.flags = flags.map_or(vma.flags, |flags| changed_flags(vma.flags, flags));
+    }
     layout.threads = capture_threads(stopped, &memory, &of_thread, &answers, unbound)?;
     let of_leader = &answers[0];
     layout.mm.brk = of_process.brk(of_leader);
@@ -189,15 +199,20 @@ fn footing_of(
     Ok((memory, footing.with_dispositions(Dispositions { caught: leader.status.caught, is_init })))
 }
 
-/// Has the leader of a stopped process, which has its vDSO at `vdso`, call `wait4(2)` for itself. That changes nothing, as
-/// nobody is a child of its own, but passes by a tracepoint.
+/// A call of `wait4(2)` that changes nothing, as the process whose leader makes it waits for itself, but passes by a tracepoint.
+fn wait_for_itself(leader: &StoppedThread) -> [u64; 4] {
+    [leader.ns_tid.0 as u64, 0, libc::WNOHANG as u64, 0]
+}
+
+/// Has the leader of a stopped process, which has its vDSO at `vdso`, call `wait4(2)`.
 pub fn call_wait(stopped: &StoppedProcess, vdso: PageRange) -> Result<(), ProcessError> {
     let (_, footing) = footing_of(stopped, Some(vdso))?;
     let leader = stopped.leader();
-    let args = [leader.ns_tid.0 as u64, 0, libc::WNOHANG as u64, 0];
-    Borrowed::lend(&leader.tracee, &footing, |borrowed| match borrowed.call("wait4", libc::SYS_wait4, args) {
-        Err(error) if error.errno() != Some(Errno::ECHILD) => Err(error.into()),
-        _ => Ok(()),
+    Borrowed::lend(&leader.tracee, &footing, |borrowed| {
+        match borrowed.call("wait4", libc::SYS_wait4, wait_for_itself(leader)) {
+            Err(error) if error.errno() != Some(Errno::ECHILD) => Err(error.into()),
+            _ => Ok(()),
+        }
     })
 }
 
@@ -222,6 +237,8 @@ impl Asked {
         let of_thread = threads::Questions::ask(&mut thread);
         let mut leader = thread.clone();
         let of_process = Questions::ask(&mut leader, &timers);
+        let args = wait_for_itself(stopped.leader()).map(Arg::from);
+        leader.call_expecting("wait4", libc::SYS_wait4, args, Expect::Any);
         let members: Vec<_> = stopped.members().map(|member| (&member.tracee, &thread)).collect();
         let answers = run_all(arena, (borrowed_leader, &leader), &members)?;
         Ok(Self { timers, of_process, of_thread, answers })

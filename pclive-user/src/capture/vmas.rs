@@ -8,7 +8,7 @@ use pclive_wire::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
 use pclive_wire::{HostPid, PageRange, VirtAddr};
 use procfs::FromRead;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps, VmFlags};
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -48,14 +48,9 @@ pub type UnsupportedVma = (PageRange, &'static str);
 
 /// Asks the kernel for the flags of single mappings.
 pub trait FlagSource: std::fmt::Debug + Send {
-    /// The flags of the mappings at these addresses of process `pid`, which stands still. `wait` has a thread of it call
-    /// `wait4(2)`, and says whether it did. `None` if not all can be told.
-    fn flags(
-        &mut self,
-        pid: HostPid,
-        mappings: &[VirtAddr],
-        wait: &mut dyn FnMut() -> bool,
-    ) -> Option<Vec<VmFlags>>;
+    /// The flags of the mappings at these addresses of process `pid`, which stands still, if they can be told. `wait` has a
+    /// thread of it call `wait4(2)`.
+    fn flags(&mut self, pid: HostPid, mappings: &[VirtAddr], wait: &mut dyn FnMut()) -> Vec<Option<VmFlags>>;
 }
 
 /// The mappings of one process, read again only when they changed.
@@ -64,12 +59,16 @@ pub struct VmaReader {
     pid: HostPid,
     text: Vec<u8>,
     vmas: Vec<Vma>,
+    known: Known,
 }
+
+/// What lines of `maps` stand for; nothing for mappings that the kernel puts into every process alike.
+type Known = HashMap<Vec<u8>, Option<Vma>>;
 
 impl VmaReader {
     /// A reader that has read nothing yet.
     pub fn new(pid: HostPid) -> Self {
-        Self { pid, text: Vec::new(), vmas: Vec::new() }
+        Self { pid, text: Vec::new(), vmas: Vec::new(), known: Known::new() }
     }
 
     /// The mappings now, sorted. The first one that cannot be moved is an error.
@@ -77,14 +76,14 @@ impl VmaReader {
     /// Of a running process they may be a mixture of several moments, because the kernel gives them out piece by piece;
     /// then they are read again the next time. Of a stopped process they are exact.
     pub fn read(&mut self) -> Result<&[Vma], VmaError> {
-        self.read_asking(|_vdso, _mappings| None)
+        self.read_asking(|_vdso, _mappings| Vec::new())
     }
 
     /// The same of a stopped process, whose mappings `ask` tells the flags of, if it can, so that `smaps` need not be read. It is
     /// given where the vDSO is.
     pub fn read_asking(
         &mut self,
-        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Option<Vec<VmFlags>>,
+        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Vec<Option<VmFlags>>,
     ) -> Result<&[Vma], VmaError> {
         let maps = read_file(&self.path("maps"))?;
         if maps != self.text {
@@ -95,35 +94,40 @@ impl VmaReader {
             if let Some(&(range, reason)) = all.unsupported.first() {
                 return Err(VmaError::Unsupported { pid: self.pid, range, reason });
             }
-            self.vmas = without_overlaps(all.vmas);
+            self.vmas = without_overlaps(all.known.values().flatten().cloned().collect());
             self.text = if all.complete && all.maps == maps { maps } else { Vec::new() };
+            self.known = all.known;
         }
         Ok(&self.vmas)
     }
 
-    /// What `maps` says, with the flags that are known of mappings whose lines are as before, and those that `ask` tells of the
-    /// others.
+    /// What `maps` says, with what is known of its lines, and the flags that `ask` tells of the others.
     fn changed(
         &self,
         maps: &[u8],
-        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Option<Vec<VmFlags>>,
+        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Vec<Option<VmFlags>>,
     ) -> Result<Option<Smaps>, VmaError> {
-        let before: HashSet<&[u8]> = lines(&self.text).collect();
-        let (known, changed): (Vec<_>, Vec<_>) =
-            self.mappings("maps", maps)?.into_iter().zip(lines(maps)).partition(|(_, line)| before.contains(line));
-        let vdso = known.iter().chain(&changed).find(|(map, _)| map.pathname == MMapPath::Vdso);
-        let starts: Vec<VirtAddr> = changed.iter().map(|(map, _)| range(map).start).collect();
-        // Without anything known there is nothing to be gained.
-        let Some((vdso, _)) = vdso.filter(|_| !known.is_empty()) else { return Ok(None) };
-        let Some(flags) = ask(range(vdso), &starts) else { return Ok(None) };
+        let mappings = self.mappings("maps", maps)?;
+        let vdso = mappings.iter().find(|map| map.pathname == MMapPath::Vdso).map(range);
         let mut all = Smaps { maps: maps.to_vec(), ..Smaps::default() };
-        let is_known: HashSet<VirtAddr> = known.iter().map(|(map, _)| range(map).start).collect();
-        all.vmas.extend(self.vmas.iter().filter(|vma| is_known.contains(&vma.range.start)).cloned());
-        for ((mut map, _), flags) in changed.into_iter().zip(flags) {
-            map.extension.vm_flags = flags;
-            self.add(map, &mut all);
+        let mut changed = Vec::new();
+        for (map, line) in mappings.into_iter().zip(lines(maps)) {
+            match self.known.get_key_value(line) {
+                Some((line, known)) => all.known.extend([(line.clone(), known.clone())]),
+                None => changed.push((map, line)),
+            }
         }
-        all.vmas.sort_by_key(|vma| vma.range.start);
+        // Without anything known there is nothing to be gained.
+        let Some(vdso) = vdso.filter(|_| !all.known.is_empty()) else { return Ok(None) };
+        let starts: Vec<VirtAddr> = changed.iter().map(|(map, _)| range(map).start).collect();
+        let flags: Vec<VmFlags> = ask(vdso, &starts).into_iter().flatten().collect();
+        if flags.len() < changed.len() {
+            return Ok(None);
+        }
+        for ((mut map, line), flags) in changed.into_iter().zip(flags) {
+            map.extension.vm_flags = flags;
+            self.add(map, line, &mut all);
+        }
         Ok(Some(all))
     }
 
@@ -137,10 +141,12 @@ impl VmaReader {
     }
 
     fn parse(&self, smaps: &[u8]) -> Result<Smaps, VmaError> {
-        let mut all = Smaps { maps: maps_lines(smaps), ..Smaps::default() };
-        for map in self.mappings("smaps", smaps)? {
-            self.add(map, &mut all);
+        let maps = maps_lines(smaps);
+        let mut all = Smaps::default();
+        for (map, line) in self.mappings("smaps", smaps)?.into_iter().zip(lines(&maps)) {
+            self.add(map, line, &mut all);
         }
+        all.maps = maps;
         Ok(all)
     }
 
@@ -148,12 +154,12 @@ impl VmaReader {
         MemoryMaps::from_read(text).map_err(|source| VmaError::Parse { path: self.path(file), source })
     }
 
-    fn add(&self, map: MemoryMap, all: &mut Smaps) {
+    fn add(&self, map: MemoryMap, line: &[u8], all: &mut Smaps) {
         let range = range(&map);
         let is_file = matches!(map.pathname, MMapPath::Path(_));
         match self.convert(map, range) {
-            Ok(Some(vma)) => all.vmas.push(vma),
-            Ok(None) => all.complete &= !is_file,
+            Ok(None) if is_file => all.complete = false,
+            Ok(vma) => all.known.extend([(line.to_vec(), vma)]),
             Err(reason) => all.unsupported.push((range, reason)),
         }
     }
@@ -255,7 +261,7 @@ fn path(pid: HostPid, name: &str) -> PathBuf {
 struct Smaps {
     /// The lines that it shares with `maps`.
     maps: Vec<u8>,
-    vmas: Vec<Vma>,
+    known: Known,
     unsupported: Vec<UnsupportedVma>,
     /// No mapping was gone before it could be looked at.
     complete: bool,
@@ -263,7 +269,7 @@ struct Smaps {
 
 impl Default for Smaps {
     fn default() -> Self {
-        Self { maps: Vec::new(), vmas: Vec::new(), unsupported: Vec::new(), complete: true }
+        Self { maps: Vec::new(), known: Known::new(), unsupported: Vec::new(), complete: true }
     }
 }
 
@@ -276,8 +282,9 @@ fn maps_lines(smaps: &[u8]) -> Vec<u8> {
     lines(smaps).filter(|line| !line[0].is_ascii_uppercase()).flatten().copied().collect()
 }
 
-/// A mapping that grew while the list was read may be in it twice.
+/// Sorted mappings. One that grew while the list was read may be in it twice.
 fn without_overlaps(mut vmas: Vec<Vma>) -> Vec<Vma> {
+    vmas.sort_by_key(|vma| (vma.range.start, vma.range.pages));
     let mut end = VirtAddr(0);
     vmas.retain(|vma| {
         let follows = vma.range.start >= end;
@@ -297,6 +304,11 @@ pub fn special_mapping(name: &MMapPath) -> Option<SpecialMapping> {
         }
         _ => None,
     }
+}
+
+/// Those of a mapping's `flags` that programs can change while it stands, and the others as they `were`.
+pub fn changed_flags(were: VmaFlags, flags: VmFlags) -> VmaFlags {
+    VmaFlags(were.0 & VmaFlags::FIXED | vma_flags(flags).0 & !VmaFlags::FIXED)
 }
 
 /// What of a mapping's flags the destination is told.
@@ -325,7 +337,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>, VmaError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memmap2::MmapOptions;
+    use memmap2::{Advice, MmapMut};
     use pclive_wire::PAGE_SIZE;
 
     #[test]
@@ -345,20 +357,21 @@ mod tests {
         }
         let known = reader.vmas.len();
         // Which does not become a part of one that was there.
-        let mapping = MmapOptions::new().len(PAGE_SIZE as usize).no_reserve_swap().map_anon().unwrap();
+        let mapping = MmapMut::map_anon(PAGE_SIZE as usize).unwrap();
+        mapping.advise(Advice::Random).unwrap();
         let new = VirtAddr(mapping.as_ptr() as u64);
         let flags_of = |vmas: &[Vma]| vmas.iter().find(|vma| vma.range.start == new).map(|vma| vma.flags);
 
         let (mut asked, mut beside) = (Vec::new(), reader.clone());
         let told = |_vdso, mappings: &[VirtAddr]| {
             asked = mappings.to_vec();
-            Some(vec![VmFlags::DD; mappings.len()])
+            vec![Some(VmFlags::DD); mappings.len()]
         };
         let flags = flags_of(reader.read_asking(told).unwrap());
         assert_eq!(flags, Some(VmaFlags(VmaFlags::DONTDUMP)), "as it was told");
         assert!(asked.contains(&new) && asked.len() < known / 2, "{} of {known} mappings", asked.len());
         let flags = flags_of(beside.read().unwrap());
-        assert_eq!(flags, Some(VmaFlags(VmaFlags::NORESERVE)), "as smaps has it, where nobody tells");
+        assert_eq!(flags, Some(VmaFlags(VmaFlags::RANDOM)), "as smaps has it, where nobody tells");
     }
 
     #[test]

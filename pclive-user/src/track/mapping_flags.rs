@@ -57,35 +57,33 @@ impl MappingFlags {
         let Some(said) = samples.by_smaps() else { return false };
         let (at, said): (Vec<VirtAddr>, Vec<VmFlags>) = said.into_iter().unzip();
         let us = Pid::this();
-        let mut wait = || waitpid(us, Some(WaitPidFlag::WNOHANG)) == Err(nix::Error::ECHILD);
-        let Some(found) = self.flags(HostPid(us.as_raw()), &at, &mut wait) else {
-            tracing::debug!("eBPF does not tell the flags of pclive's own mappings");
-            return false;
+        // Nobody is a child of its own.
+        let mut wait = || {
+            let _ = waitpid(us, Some(WaitPidFlag::WNOHANG));
         };
-        if found != said {
+        let found = self.flags(HostPid(us.as_raw()), &at, &mut wait);
+        let agree = found.iter().flatten().eq(&said);
+        if !agree {
             tracing::debug!(?at, ?said, ?found, "eBPF and smaps do not agree on flags of mappings");
         }
-        found == said
+        agree
     }
 }
 
 impl FlagSource for MappingFlags {
-    fn flags(
-        &mut self,
-        pid: HostPid,
-        mappings: &[VirtAddr],
-        wait: &mut dyn FnMut() -> bool,
-    ) -> Option<Vec<VmFlags>> {
+    fn flags(&mut self, pid: HostPid, mappings: &[VirtAddr], wait: &mut dyn FnMut()) -> Vec<Option<VmFlags>> {
+        let mappings = &mappings[..mappings.len().min(FLAG_QUESTION_WORDS - 1)];
         let mut question: FlagQuestion = [0; FLAG_QUESTION_WORDS];
-        let places = question.get_mut(1..=mappings.len())?;
-        places.iter_mut().zip(mappings).for_each(|(place, mapping)| *place = mapping.0);
         question[0] = u64::from(pid.0 as u32) | (mappings.len() as u64) << 32;
-        self.question.set(0, question, 0).ok()?;
-        if !wait() {
-            return None;
+        question[1..].iter_mut().zip(mappings).for_each(|(place, mapping)| *place = mapping.0);
+        let asked = self.question.set(0, question, 0);
+        wait();
+        match asked.and_then(|()| self.question.get(&0, 0)) {
+            Ok(answer) if answer[0] == 0 => {
+                answer[1..=mappings.len()].iter().map(|&bits| named(bits)).collect()
+            }
+            _ => Vec::new(),
         }
-        let answer = self.question.get(&0, 0).ok().filter(|answer| answer[0] == 0)?;
-        answer[1..=mappings.len()].iter().map(|&bits| named(bits)).collect()
     }
 }
 

@@ -107,8 +107,7 @@ pub fn overlapping(layout: &[Vma], range: PageRange) -> impl Iterator<Item = (&V
 /// Whether both VMAs show the same memory at `addr`, so that pages placed for one are right for the other.
 fn same_object(standing: &Vma, wanted: &Vma, addr: VirtAddr) -> bool {
     let at = |vma: &Vma, offset: u64| offset.wrapping_add(addr.0.wrapping_sub(vma.range.start.0));
-    // These cannot be changed on a standing mapping.
-    let fixed = |vma: &Vma| vma.flags.0 & (VmaFlags::GROWSDOWN | VmaFlags::NORESERVE);
+    let fixed = |vma: &Vma| vma.flags.0 & VmaFlags::FIXED;
     fixed(standing) == fixed(wanted)
         && match (&standing.backing, &wanted.backing) {
             (Backing::Anonymous, Backing::Anonymous) => true,

@@ -115,6 +115,8 @@ impl VmaFlags {
     pub const RANDOM: u16 = 1 << 10; // rr
     /// Every bit that has a meaning.
     pub const ALL: u16 = (1 << 11) - 1;
+    /// Those that a mapping has for good.
+    pub const FIXED: u16 = Self::GROWSDOWN | Self::NORESERVE;
 
     /// Whether all bits of `flag` are set.
     pub fn has(self, flag: u16) -> bool {

@@ -14,6 +14,7 @@ use pclive_tests::Programs;
 use pclive_tests::scene::{MIGRATE, MIGRATED, Scene};
 
 use super::criu::{Criu, Images};
+use super::estimate::{Progress, expected};
 use super::matrix::{Mover, Setting};
 use super::movement::Movement;
 use super::obstacles::destination_mib;
@@ -49,12 +50,8 @@ impl Campaign<'_> {
     /// # Errors
     /// Those of `keep`. A migration that fails is part of the results; an interrupt just ends it early.
     pub fn carry_out(&self, results: &mut Results, keep: impl Fn(&Results) -> Result<()>) -> Result<()> {
-        let due = |group: &Measured| {
-            let due = |turn| group.cells.iter().filter(|cell| cell.is_due(turn)).count();
-            (1..=self.repeat).map(due).sum::<usize>()
-        };
         let feasible = results.groups.iter().filter(|group| group.is_feasible());
-        let mut progress = Progress::new(feasible.map(due).sum());
+        let mut progress = Progress::new(feasible.flat_map(|group| self.durations(group)).collect());
         for number in 0..results.groups.len() {
             if !results.groups[number].is_feasible() {
                 continue;
@@ -76,6 +73,15 @@ impl Campaign<'_> {
             }
         }
         Ok(())
+    }
+
+    /// How long each measurement of a group that is due takes.
+    fn durations(&self, group: &Measured) -> Vec<Duration> {
+        let due = |turn| {
+            let cells = group.cells.iter().filter(move |cell| cell.is_due(turn));
+            cells.map(|cell| expected(&group.setting, &cell.mover, self.margin))
+        };
+        (1..=self.repeat).flat_map(due).collect()
     }
 
     fn measure_cell(&self, group: &mut Measured, number: usize, turn: usize) {
@@ -153,30 +159,5 @@ fn pause(duration: Duration) -> Result<()> {
             Some(rest) if !rest.is_zero() => sleep(rest.min(GLANCE)),
             _ => return Ok(()),
         }
-    }
-}
-
-/// Tells on the standard error how far it is.
-struct Progress {
-    begin: Instant,
-    done: usize,
-    all: usize,
-}
-
-impl Progress {
-    fn new(all: usize) -> Self {
-        Self { begin: Instant::now(), done: 0, all }
-    }
-
-    fn next(&mut self, setting: &str, mover: &str, turn: usize) {
-        let left = match self.done {
-            0 => String::new(),
-            done => {
-                let seconds = self.begin.elapsed().as_secs_f64() / done as f64 * (self.all - done) as f64;
-                format!(", about {:.0} min left", (seconds / 60.0).ceil())
-            }
-        };
-        self.done += 1;
-        eprintln!("[{}/{}{left}] {setting}: {mover}, turn {turn}", self.done, self.all);
     }
 }

@@ -11,6 +11,7 @@ mod ablation;
 mod campaign;
 mod cost;
 mod criu;
+mod estimate;
 mod figures;
 mod files;
 mod goals;

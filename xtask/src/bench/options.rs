@@ -6,17 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use super::ablation::Ablation;
-use super::matrix::{Axes, Group, Mode, Mover, TRACK, Tracker, Workload};
+use super::estimate::expected;
+use super::matrix::{Axes, Group, Mode, Mover, Tracker, Workload};
 use super::presets;
-
-/// What one measurement takes besides filling, reading back, moving and the margins.
-const OVERHEAD_S: f64 = 3.0;
-/// MiB that are written to or read from the server in a second.
-const FILL_MIB_PER_S: f64 = 600.0;
-/// MiB in a second on a link that is not shaped.
-const UNSHAPED_MIB_PER_S: f64 = 800.0;
-/// How often memory is sent in all, about.
-const SENT_TIMES: f64 = 1.5;
 
 /// Measure migrations: modes, trackers and loads beside each other, as tables, CSV, JSON and pictures
 ///
@@ -163,20 +155,11 @@ impl Options {
 
     /// How long measuring `groups` takes, roughly. The control of each group is counted.
     pub fn estimate(&self, groups: &[Group]) -> Duration {
-        let seconds = groups.iter().map(|group| {
-            let mib = group.setting.data_mib as f64;
-            let link = group.setting.rate_mbit as f64 / 8.0 * 1e6 / f64::from(1 << 20);
-            let speed = if link > 0.0 { link.min(UNSHAPED_MIB_PER_S) } else { UNSHAPED_MIB_PER_S };
-            let around = OVERHEAD_S + 2.0 * self.margin().as_secs_f64() + 2.0 * mib / FILL_MIB_PER_S;
-            let middles = group.movers.iter().map(|mover| match mover {
-                Mover::Track { .. } => TRACK.as_secs_f64(),
-                _ => SENT_TIMES * mib / speed,
-            });
-            // The control takes about as long as the others do.
-            let middles = middles.sum::<f64>() * (1.0 + 1.0 / group.movers.len().max(1) as f64);
-            (around * (group.movers.len() + 1) as f64 + middles) * self.repeat() as f64
-        });
-        Duration::from_secs_f64(seconds.sum())
+        let of_group = |group: &Group| {
+            let movers = group.movers.iter().chain([&Mover::Control]);
+            movers.map(|mover| expected(&group.setting, mover, self.margin())).sum::<Duration>()
+        };
+        groups.iter().map(of_group).sum::<Duration>() * self.repeat() as u32
     }
 }
 

@@ -3,12 +3,15 @@
 use super::sent::Sent;
 use crate::capture::SourceProcess;
 use crate::capture::env::{ContainerEnv, EnvError};
-use crate::capture::process::{ProcessError, call_wait, capture_layout, capture_running_layout};
+use crate::capture::process::{
+    ProcessError, call_wait, capture_layout, capture_running_layout, capture_stopped,
+};
 use crate::capture::threads::{StoppedProcess, ThreadError};
 use crate::capture::tree::{TreeError, has_ended, read_threads, reread_tree};
 use crate::capture::vmas::{FlagSource, VmaReader};
 use crate::runtime::{Cgroup, CgroupError, Cpuset};
 use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
+use nix::sched::CpuSet;
 use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
 use pclive_wire::manifest::{Process, Thread};
@@ -96,7 +99,7 @@ impl Live {
             stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
         let fd_size = stopped.leader().status.fd_size;
         let read = || {
-            let vmas = self.vmas.read_asking(|vdso, mappings| asking.flags(stopped, vdso, mappings))?;
+            let vmas = self.vmas.read_asking(|vdso, mappings| asking.changed(stopped, vdso, mappings))?;
             Ok(vmas.to_vec())
         };
         let layout = capture_layout(process, parent, threads, fd_size, read)
@@ -119,24 +122,38 @@ impl Live {
 #[derive(Debug, Default)]
 struct Asking {
     source: Option<Box<dyn FlagSource>>,
-    /// Mappings whose flags it has told.
+    /// Mappings that were new or had changed, and whose flags it has told.
     told: u64,
 }
 
 impl Asking {
-    fn flags(
+    /// The flags of mappings that have changed, for which the process calls `wait4(2)` once more.
+    fn changed(
         &mut self,
         stopped: &StoppedProcess,
         vdso: PageRange,
         mappings: &[VirtAddr],
-    ) -> Option<Vec<VmFlags>> {
+    ) -> Vec<Option<VmFlags>> {
+        let Some(source) = &mut self.source else { return Vec::new() };
         let mut wait = || {
-            let called = call_wait(stopped, vdso);
-            called.inspect_err(|error| tracing::debug!(%error, "cannot ask for flags of mappings")).is_ok()
+            if let Err(error) = call_wait(stopped, vdso) {
+                tracing::debug!(%error, "cannot ask for flags of mappings");
+            }
         };
-        let flags = self.source.as_mut()?.flags(stopped.pid, mappings, &mut wait)?;
-        self.told += flags.len() as u64;
-        Some(flags)
+        let flags = source.flags(stopped.pid, mappings, &mut wait);
+        self.told += flags.iter().flatten().count() as u64;
+        flags
+    }
+
+    /// The flags of all mappings, for which the process calls `wait4(2)` in `wait`.
+    fn all(&mut self, pid: HostPid, mappings: &[VirtAddr], wait: &mut dyn FnMut()) -> Vec<Option<VmFlags>> {
+        match &mut self.source {
+            Some(source) => source.flags(pid, mappings, wait),
+            None => {
+                wait();
+                Vec::new()
+            }
+        }
     }
 }
 
@@ -337,6 +354,19 @@ impl Container {
             round.push(live.last_round(process, parent, stopped, &sent, &mut self.asking)?);
         }
         Ok(round)
+    }
+
+    /// Adds to the layout of a process whose threads are stopped all other state but its descriptors.
+    pub fn capture(
+        &mut self,
+        layout: Process,
+        stopped: &StoppedProcess,
+        unbound: &[CpuSet],
+    ) -> Result<Process, ContainerError> {
+        let pid = stopped.pid;
+        let ask = |mappings: &[VirtAddr], wait: &mut dyn FnMut()| self.asking.all(pid, mappings, wait);
+        capture_stopped(layout, stopped, unbound, ask)
+            .map_err(|source| ContainerError::Process { pid, source })
     }
 
     /// The processes run on: those that are not tracked must be attached to anew.

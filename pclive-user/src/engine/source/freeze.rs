@@ -4,7 +4,6 @@ use super::container::LastPages;
 use super::pages::Outgoing;
 use super::{Container, ContainerError, MigrateError, Migration, STEP, SendError};
 use crate::capture::files::{CapturedFiles, capture_files};
-use crate::capture::process::capture_stopped;
 use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
@@ -129,7 +128,7 @@ impl Migration<'_> {
         let (sent, captured) = std::thread::scope(|scope| {
             let sending =
                 scope.spawn(move || send_last_pages(Outgoing::new(sender, before, round), pages, hot));
-            let captured = capture(layouts, stopped, &mut self.links, &self.container, &mut self.clock);
+            let captured = capture(layouts, stopped, &mut self.links, &mut self.container, &mut self.clock);
             self.clock.enter("send last pages");
             (sending.join().expect("sending does not panic"), captured)
         });
@@ -221,17 +220,14 @@ fn capture(
     layouts: Vec<Process>,
     stopped: &[StoppedProcess],
     links: &mut Links,
-    container: &Container,
+    container: &mut Container,
     clock: &mut Clock,
 ) -> Result<(Vec<Process>, CapturedFiles), MigrateError> {
     clock.enter("capture processes");
     let unbound = container.cpuset().unbound().map_err(ContainerError::Cgroup)?;
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
-    let capture = |(layout, stopped): (Process, &StoppedProcess)| {
-        capture_stopped(layout, stopped, &unbound)
-            .map_err(|source| ContainerError::Process { pid: stopped.pid, source })
-    };
+    let capture = |(layout, stopped)| container.capture(layout, stopped, &unbound);
     let processes = layouts.into_iter().zip(stopped).map(capture).collect::<Result<_, _>>()?;
     clock.enter("links down");
     links.take_down()?;

@@ -4,10 +4,10 @@ use super::*;
 use crate::{
     capture::{
         SourceProcess,
-        process::call_wait,
+        process::{call_wait, capture_layout, capture_stopped},
         sockets::OptionWatch,
         threads::StoppedProcess,
-        vmas::{FlagSource, VmaReader, find_vdso, range, vma_flags},
+        vmas::{FlagSource, VmaReader, find_vdso, range},
     },
     track::{
         Tier,
@@ -19,8 +19,8 @@ use pclive_sys::{
     mem::ProcessMemory,
     pidfd::{pidfd_getfd, pidfd_open},
 };
-use pclive_wire::NsPid;
-use pclive_wire::PAGE_SIZE;
+use pclive_wire::manifest::{Thread, Vma, VmaFlags};
+use pclive_wire::{NsPid, PAGE_SIZE};
 use procfs::process::MMapPath;
 use std::{
     collections::BTreeSet,
@@ -130,7 +130,7 @@ fn worker() {
     nix::sys::prctl::set_thp_disable(true).unwrap();
     let bytes = (PAGES * PAGE_SIZE) as usize;
     let mut buffer = memmap2::MmapMut::map_anon(bytes).unwrap();
-    let mut listener = None;
+    let (mut listener, mut apart) = (None, None);
     for line in std::io::stdin().lines() {
         let answer = match line.unwrap().as_str() {
             "hello" => std::process::id() as u64,
@@ -147,6 +147,16 @@ fn worker() {
             "protect" => {
                 let mapping = memmap2::MmapMut::map_anon(bytes).unwrap().make_read_only().unwrap();
                 mapping.as_ptr() as u64
+            }
+            // A mapping that is not a part of another one.
+            "keep apart" => {
+                let mapping = memmap2::MmapMut::map_anon(bytes).unwrap();
+                mapping.advise(memmap2::Advice::Random).unwrap();
+                apart.insert(mapping).as_ptr() as u64
+            }
+            "do not dump" => {
+                apart.as_ref().unwrap().advise(memmap2::Advice::DontDump).unwrap();
+                0
             }
             "fork" => {
                 let mut child = Command::new("/bin/true").spawn().unwrap();
@@ -374,18 +384,51 @@ fn flags_of_mappings_are_told_as_smaps_says_them() {
         let pid = worker.pid();
         let vdso = find_vdso(pid).unwrap().unwrap();
         let stopped = StoppedProcess::stop(&source_process(pid)).unwrap();
-        let mut wait = || call_wait(&stopped, vdso).is_ok();
+        let mut wait = || call_wait(&stopped, vdso).unwrap();
 
         let smaps = procfs::process::Process::new(pid.0).unwrap().smaps().unwrap();
         let said: Vec<_> = smaps.iter().filter(|map| map.pathname != MMapPath::Vsyscall).collect();
         let at: Vec<VirtAddr> = said.iter().map(|map| range(map).start).collect();
-        let told = flags.flags(pid, &at, &mut wait).unwrap();
-        for (map, told) in said.into_iter().zip(told) {
-            assert_eq!(vma_flags(told), vma_flags(map.extension.vm_flags), "{source:?} {map:?}");
-        }
-
-        assert_eq!(flags.flags(pid, &[VirtAddr(0)], &mut wait), None, "there is no mapping");
-        assert_eq!(flags.flags(pid, &at, &mut || true), None, "nobody came by");
+        let told = flags.flags(pid, &at, &mut wait);
+        let (nowhere, nobody) =
+            (flags.flags(pid, &[VirtAddr(0)], &mut wait), flags.flags(pid, &at, &mut || {}));
         stopped.resume().unwrap();
+
+        assert_eq!(told.len(), said.len());
+        for (map, told) in said.into_iter().zip(told) {
+            let said = map.extension.vm_flags;
+            assert_eq!(told.unwrap(), said, "{source:?} {map:?}");
+        }
+        assert_eq!(nowhere, [None], "there is no mapping");
+        assert_eq!(nobody, [], "nobody came by");
     }
+}
+
+#[test]
+fn flags_that_have_changed_without_a_trace_in_maps_are_captured() {
+    let cgroup = TestCgroup::new();
+    let mut worker = Worker::start(&cgroup.path);
+    let mut observer = cgroup.observe(FaultSource::Tracepoint, RingSizes::default()).unwrap();
+    let mut flags = observer.take_mapping_flags().unwrap();
+    let process = source_process(worker.pid());
+    let start = VirtAddr(worker.tell("keep apart"));
+    let mut vmas = VmaReader::new(process.pid);
+    let stop = || StoppedProcess::stop(&process).unwrap();
+    let stopped = stop();
+    let before = vmas.read().unwrap().to_vec();
+    stopped.resume().unwrap();
+    worker.tell("do not dump");
+
+    let stopped = stop();
+    let threads = stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
+    let layout = capture_layout(&process, NsPid(0), threads, 0, || Ok(vmas.read()?.to_vec())).unwrap();
+    let by_maps = layout.vmas.clone();
+    let ask = |mappings: &[VirtAddr], wait: &mut dyn FnMut()| flags.flags(process.pid, mappings, wait);
+    let captured = capture_stopped(layout, &stopped, &[], ask).unwrap();
+    stopped.resume().unwrap();
+
+    let flags_of = |vmas: &[Vma]| vmas.iter().find(|vma| vma.range.start == start).unwrap().flags;
+    assert_eq!(flags_of(&before), VmaFlags(VmaFlags::RANDOM));
+    assert!(by_maps == before, "maps show it");
+    assert_eq!(flags_of(&captured.vmas), VmaFlags(VmaFlags::RANDOM | VmaFlags::DONTDUMP));
 }
