@@ -79,17 +79,14 @@ fn look_closely(pagemap: &Pagemap, pages: &PageSet) -> Result<(PageSet, PageSet)
 
 /// Those of the marked pages whose table is gone.
 fn without_table(pagemap: &Pagemap, marked: &PageSet) -> Result<PageSet> {
+    let parts: Vec<(u64, PageRange)> = by_table(marked).collect();
+    let tables: Vec<&[(u64, PageRange)]> = parts.chunk_by(|a, b| a.0 == b.0).collect();
+    let first: Vec<VirtAddr> = tables.iter().map(|parts| parts[0].1.start).collect();
     let resident = Filter { any: RESIDENT, ..Filter::default() };
     let mut gone = Vec::new();
-    let mut last = None;
-    for (table, part) in by_table(marked) {
-        let is_gone = match last {
-            Some((same, is_gone)) if same == table => is_gone,
-            _ => !pagemap.has_any(PageRange::new(part.start, 1), resident)?,
-        };
-        last = Some((table, is_gone));
-        if is_gone {
-            gone.push(part);
+    for (parts, is_there) in tables.into_iter().zip(pagemap.in_memory(&first)) {
+        if !is_there && !pagemap.has_any(PageRange::new(parts[0].1.start, 1), resident)? {
+            gone.extend(parts.iter().map(|&(_, part)| part));
         }
     }
     Ok(gone.into_iter().collect())

@@ -121,6 +121,7 @@ const _: () = assert!(nix::request_code_readwrite!(b'f', 16, size_of::<ScanArg>(
 /// `/proc/PID/pagemap` of one process.
 #[derive(Debug)]
 pub struct Pagemap {
+    pid: HostPid,
     file: File,
 }
 
@@ -129,7 +130,29 @@ impl Pagemap {
     pub fn open(pid: HostPid) -> Result<Self> {
         let path = format!("/proc/{pid}/pagemap");
         let file = File::open(&path).map_err(|source| Error::Open { path: path.into(), source })?;
-        Ok(Self { file })
+        Ok(Self { pid, file })
+    }
+
+    /// Which of these pages are known to be in memory: a tenth of a microsecond for each, where a scan takes one or two. Of
+    /// others (zero pages, swapped out ones, or all if the kernel has no `move_pages(2)`) nothing is known. The process must have
+    /// executed no other program since.
+    pub fn in_memory(&self, pages: &[VirtAddr]) -> Vec<bool> {
+        let pages: Vec<u64> = pages.iter().map(|page| page.0).collect();
+        let mut nodes = vec![-libc::ENOENT; pages.len()];
+        let (count, no_targets) = (pages.len(), std::ptr::null::<libc::c_int>());
+        // SAFETY: both arrays have `count` elements, and without targets no page is moved (Linux 2.6.18).
+        let asked = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                self.pid.0,
+                count,
+                pages.as_ptr(),
+                no_targets,
+                nodes.as_mut_ptr(),
+                0,
+            )
+        };
+        nodes.into_iter().map(|node| asked == 0 && node >= 0).collect()
     }
 
     /// Appends the matching pages of `range` to `found`.
@@ -210,6 +233,17 @@ pub fn absent_counts_as_written() -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_that_are_in_memory_are_known() {
+        let mut map = memmap2::MmapMut::map_anon(3 * PAGE_SIZE as usize).unwrap();
+        map[PAGE_SIZE as usize] = 1;
+        let pages: Vec<VirtAddr> =
+            (0..3).map(|page| VirtAddr(map.as_ptr() as u64).offset(page * PAGE_SIZE)).collect();
+        let pagemap = Pagemap::open(HostPid(std::process::id() as i32)).unwrap();
+        assert_eq!(pagemap.in_memory(&pages), [false, true, false]);
+        assert_eq!(Pagemap { pid: HostPid(i32::MAX), ..pagemap }.in_memory(&pages), [false; 3]);
+    }
 
     #[test]
     fn this_kernel_is_one_of_those_that_are_known() {

@@ -39,6 +39,7 @@ pub struct Process {
     /// Session.
     pub sid: NsPid,
     /// Path of the executable, in the container's mount namespace.
+    #[serde(with = "serde_bytes")]
     pub exe: Vec<u8>,
     /// Address-space bounds and auxiliary vector.
     pub mm: MmBounds,
@@ -69,6 +70,7 @@ pub struct MmBounds {
     pub env_start: VirtAddr,
     pub env_end: VirtAddr,
     /// `/proc/PID/auxv`, verbatim.
+    #[serde(with = "serde_bytes")]
     pub auxv: Vec<u8>,
 }
 
@@ -132,6 +134,7 @@ pub enum Backing {
     /// A regular file. Private mappings carry pages only where they differ from the file.
     File {
         /// Path in the container's mount namespace.
+        #[serde(with = "serde_bytes")]
         path: Vec<u8>,
         /// Offset of the first byte in the file.
         offset: u64,
@@ -179,6 +182,7 @@ pub struct ThreadState {
     /// General registers (`NT_PRSTATUS`, `struct user_regs_struct`), already set up to restart an interrupted call.
     pub registers: Registers,
     /// `NT_X86_XSTATE`, verbatim.
+    #[serde(with = "serde_bytes")]
     pub xstate: Vec<u8>,
     /// Blocked signals.
     pub blocked: u64,
@@ -194,6 +198,7 @@ pub struct ThreadState {
     /// `rseq(2)` registration, if any (`PTRACE_GET_RSEQ_CONFIGURATION`, Linux 5.13).
     pub rseq: Option<Rseq>,
     /// `PR_GET_NAME`, without the NUL.
+    #[serde(with = "serde_bytes")]
     pub comm: Vec<u8>,
     /// `PR_GET_PDEATHSIG`.
     pub parent_death_signal: i32,
@@ -290,6 +295,7 @@ pub struct Scheduling {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessState {
     /// Working directory, a path in the container.
+    #[serde(with = "serde_bytes")]
     pub cwd: Vec<u8>,
     /// `umask(2)`.
     pub umask: u32,
@@ -392,6 +398,7 @@ pub enum DescriptionKind {
     /// A regular file that has a name.
     Regular {
         /// Path in the container's mount namespace.
+        #[serde(with = "serde_bytes")]
         path: Vec<u8>,
         /// File offset.
         offset: u64,
@@ -411,13 +418,16 @@ pub enum DescriptionKind {
         /// Group.
         gid: u32,
         /// Directory of the lost name; the destination makes the file with `O_TMPFILE` there.
+        #[serde(with = "serde_bytes")]
         directory: Vec<u8>,
         /// The bytes; empty if another description with the same `inode` carries them.
+        #[serde(with = "serde_bytes")]
         contents: Vec<u8>,
     },
     /// A directory.
     Directory {
         /// Path in the container.
+        #[serde(with = "serde_bytes")]
         path: Vec<u8>,
         /// `getdents` position.
         offset: u64,
@@ -425,6 +435,7 @@ pub enum DescriptionKind {
     /// A character device that keeps no state in the description (null, zero, full, random, urandom).
     Device {
         /// Path in the container.
+        #[serde(with = "serde_bytes")]
         path: Vec<u8>,
         /// Device number.
         rdev: u64,
@@ -436,6 +447,7 @@ pub enum DescriptionKind {
         /// Capacity in bytes.
         capacity: u32,
         /// Unread bytes; carried by one description of the pipe, empty in the others.
+        #[serde(with = "serde_bytes")]
         contents: Vec<u8>,
     },
     /// `eventfd(2)`.
@@ -493,6 +505,7 @@ pub struct SocketOption {
     /// Option name.
     pub name: i32,
     /// Value, verbatim.
+    #[serde(with = "serde_bytes")]
     pub value: Vec<u8>,
 }
 
@@ -515,6 +528,7 @@ pub struct UnixSocket {
     /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
     pub socket_type: i32,
     /// Bound address without the family: a path, or NUL and a name; empty when unbound.
+    #[serde(with = "serde_bytes")]
     pub address: Vec<u8>,
     /// Whom it is connected to.
     pub peer: UnixPeer,
@@ -577,8 +591,10 @@ pub struct TcpConnection {
     /// Sequence number after the last byte in the send queue.
     pub send_sequence: u32,
     /// Received, unread bytes.
+    #[serde(with = "serde_bytes")]
     pub receive_queue: Vec<u8>,
     /// Bytes not acknowledged, sent or not.
+    #[serde(with = "serde_bytes")]
     pub send_queue: Vec<u8>,
     /// How many bytes at the end of `send_queue` were never sent.
     pub unsent: u32,
