@@ -278,7 +278,9 @@ pub struct MigrationReport {
     /// Sockets whose options were known before the freeze.
     pub sockets_known: u64,
     /// Mappings whose flags eBPF told.
-    pub mappings_asked: u64,
+    pub mappings_told: u64,
+    /// Mappings for which `smaps` was read in the blackout although eBPF was asked.
+    pub mappings_read: u64,
     /// Pages that were zero and not sent.
     pub zero_pages: u64,
     /// Bytes on the wire.

@@ -113,8 +113,8 @@ pub enum Ring {
 /// others has an address in a mapping, then the flags of that mapping; 0 if it has not been found.
 pub type FlagQuestion = [u64; FLAG_QUESTION_WORDS];
 
-/// Words of a [`FlagQuestion`]: 8 KiB.
-pub const FLAG_QUESTION_WORDS: usize = 1024;
+/// Words of a [`FlagQuestion`]: 32 KiB.
+pub const FLAG_QUESTION_WORDS: usize = 4096;
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 use super::SourceProcess;
 use super::proc::{self, ProcError, Stat, Status};
 use super::threads::{self, StoppedProcess, StoppedThread, ThreadError, capture_threads};
-use super::vmas::{VmaError, VmaReader, changed_flags};
+use super::vmas::{FlagSource, VmaError, VmaReader, changed_flags};
 use nix::errno::Errno;
 use nix::sched::CpuSet;
 use pclive_sys::mem::ProcessMemory;
@@ -15,7 +15,6 @@ use pclive_wire::manifest::{
     Thread, Vma,
 };
 use pclive_wire::{HostPid, NsPid, PageRange, VirtAddr};
-use procfs::process::VmFlags;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -161,25 +160,27 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
 
 /// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
 /// the process, also on failure. `unbound` is what the kernel says of the processors of threads that are bound to
-/// none. A change of a mapping's flags does not show in its line in `maps`, so `ask` is given the chance to ask for all of them.
+/// none. Of mappings whose flags `flags` tells the flags are those of now.
 pub fn capture_stopped(
     mut layout: Process,
     stopped: &StoppedProcess,
     unbound: &[CpuSet],
-    ask: impl FnOnce(&[VirtAddr], &mut dyn FnMut()) -> Vec<Option<VmFlags>>,
+    mut flags: Option<&mut dyn FlagSource>,
 ) -> Result<Process, ProcessError> {
     let (memory, footing) = footing_of(stopped, vdso(&layout.vmas))?;
-    let mut asked = None;
-    let mut ask_all = || {
-        asked = Some(Borrowed::lend(&stopped.leader().tracee, &footing, |borrowed| {
+    if let Some(flags) = &mut flags {
+        let starts: Vec<VirtAddr> = layout.vmas.iter().map(|vma| vma.range.start).collect();
+        flags.pose(stopped.pid, &starts);
+    }
+    let Asked { timers, of_process, of_thread, answers } =
+        Borrowed::lend(&stopped.leader().tracee, &footing, |borrowed| {
             borrowed.with_arena(ARENA_SIZE, |arena| Asked::ask(stopped, borrowed, arena))
-        }));
-    };
-    let starts: Vec<VirtAddr> = layout.vmas.iter().map(|vma| vma.range.start).collect();
-    let flags = ask(&starts, &mut ask_all);
-    let Asked { timers, of_process, of_thread, answers } = asked.expect("it is asked once")?;
-    for (vma, flags) in layout.vmas.iter_mut().zip(flags) {
-        vma.flags = flags.map_or(vma.flags, |flags| changed_flags(vma.flags, flags));
+        })?;
+    if let Some(flags) = flags {
+        let told = flags.answers(layout.vmas.len());
+        for (vma, flags) in layout.vmas.iter_mut().zip(told) {
+            vma.flags = flags.map_or(vma.flags, |flags| changed_flags(vma.flags, flags));
+        }
     }
     layout.threads = capture_threads(stopped, &memory, &of_thread, &answers, unbound)?;
     let of_leader = &answers[0];
@@ -237,6 +238,7 @@ impl Asked {
         let of_thread = threads::Questions::ask(&mut thread);
         let mut leader = thread.clone();
         let of_process = Questions::ask(&mut leader, &timers);
+        // What the program behind a `FlagSource` answers at.
         let args = wait_for_itself(stopped.leader()).map(Arg::from);
         leader.call_expecting("wait4", libc::SYS_wait4, args, Expect::Any);
         let members: Vec<_> = stopped.members().map(|member| (&member.tracee, &thread)).collect();

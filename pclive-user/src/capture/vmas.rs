@@ -1,8 +1,9 @@
 //! Mappings: `/proc/PID/maps` and the flags of `smaps`.
 //!
 //! `smaps` walks the page tables of everything it prints, which takes milliseconds for each GiB. So it is read only when
-//! the text of `maps` has changed since. In the blackout that is too long: there the kernel is asked for the flags of those
-//! mappings alone that are new or have changed, where a [`FlagSource`] can ask it.
+//! the text of `maps` has changed since. In the blackout that is too long: where there is a [`FlagSource`], it is asked for the
+//! flags of those mappings alone whose lines have changed. Later, when the process makes calls anyway, it is asked for all:
+//! advice for the whole of a mapping leaves its line as it was.
 
 use pclive_wire::manifest::{Backing, SpecialMapping, Vma, VmaFlags};
 use pclive_wire::{HostPid, PageRange, VirtAddr};
@@ -48,13 +49,16 @@ pub type UnsupportedVma = (PageRange, &'static str);
 
 /// Asks the kernel for the flags of single mappings.
 pub trait FlagSource: std::fmt::Debug + Send {
-    /// The flags of the mappings at these addresses of process `pid`, which stands still, if they can be told. `wait` has a
-    /// thread of it call `wait4(2)`.
-    fn flags(&mut self, pid: HostPid, mappings: &[VirtAddr], wait: &mut dyn FnMut()) -> Vec<Option<VmFlags>>;
+    /// Poses a question for the mappings at these addresses of process `pid`, which stands still. One of its threads answers it
+    /// by calling `wait4(2)`.
+    fn pose(&mut self, pid: HostPid, mappings: &[VirtAddr]);
+
+    /// The answers to the last question, for so many mappings; none for those whose flags cannot be told.
+    fn answers(&mut self, mappings: usize) -> Vec<Option<VmFlags>>;
 }
 
 /// The mappings of one process, read again only when they changed.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct VmaReader {
     pid: HostPid,
     text: Vec<u8>,
@@ -76,51 +80,65 @@ impl VmaReader {
     /// Of a running process they may be a mixture of several moments, because the kernel gives them out piece by piece;
     /// then they are read again the next time. Of a stopped process they are exact.
     pub fn read(&mut self) -> Result<&[Vma], VmaError> {
-        self.read_asking(|_vdso, _mappings| Vec::new())
-    }
-
-    /// The same of a stopped process, whose mappings `ask` tells the flags of, if it can, so that `smaps` need not be read. It is
-    /// given where the vDSO is.
-    pub fn read_asking(
-        &mut self,
-        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Vec<Option<VmFlags>>,
-    ) -> Result<&[Vma], VmaError> {
         let maps = read_file(&self.path("maps"))?;
         if maps != self.text {
-            let all = match self.changed(&maps, ask)? {
-                Some(all) => all,
-                None => self.parse(&read_file(&self.path("smaps"))?)?,
-            };
-            if let Some(&(range, reason)) = all.unsupported.first() {
-                return Err(VmaError::Unsupported { pid: self.pid, range, reason });
-            }
-            self.vmas = without_overlaps(all.known.values().flatten().cloned().collect());
-            self.text = if all.complete && all.maps == maps { maps } else { Vec::new() };
-            self.known = all.known;
+            let smaps = read_file(&self.path("smaps"))?;
+            let all = self.parse(&smaps)?;
+            self.keep(maps, all)?;
         }
         Ok(&self.vmas)
     }
 
+    /// The same of a stopped process without reading `smaps`, if `ask` can tell the flags of those mappings whose lines in `maps`
+    /// have changed. It is given where the vDSO is.
+    pub fn read_asking<E: From<VmaError>>(
+        &mut self,
+        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Result<Vec<Option<VmFlags>>, E>,
+    ) -> Result<&[Vma], E> {
+        let maps = read_file(&self.path("maps"))?;
+        if maps != self.text {
+            match self.changed(&maps, ask)? {
+                Some(all) => self.keep(maps, all)?,
+                None => return Ok(self.read()?),
+            }
+        }
+        Ok(&self.vmas)
+    }
+
+    fn keep(&mut self, maps: Vec<u8>, all: Mappings) -> Result<(), VmaError> {
+        if let Some(&(range, reason)) = all.unsupported.first() {
+            return Err(VmaError::Unsupported { pid: self.pid, range, reason });
+        }
+        self.vmas = without_overlaps(all.known.values().flatten().cloned().collect());
+        self.text = if all.complete && all.maps == maps { maps } else { Vec::new() };
+        self.known = all.known;
+        Ok(())
+    }
+
     /// What `maps` says, with what is known of its lines, and the flags that `ask` tells of the others.
-    fn changed(
+    fn changed<E: From<VmaError>>(
         &self,
         maps: &[u8],
-        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Vec<Option<VmFlags>>,
-    ) -> Result<Option<Smaps>, VmaError> {
+        ask: impl FnOnce(PageRange, &[VirtAddr]) -> Result<Vec<Option<VmFlags>>, E>,
+    ) -> Result<Option<Mappings>, E> {
         let mappings = self.mappings("maps", maps)?;
         let vdso = mappings.iter().find(|map| map.pathname == MMapPath::Vdso).map(range);
-        let mut all = Smaps { maps: maps.to_vec(), ..Smaps::default() };
+        let mut all = Mappings { maps: maps.to_vec(), ..Mappings::default() };
         let mut changed = Vec::new();
         for (map, line) in mappings.into_iter().zip(lines(maps)) {
             match self.known.get_key_value(line) {
                 Some((line, known)) => all.known.extend([(line.clone(), known.clone())]),
+                // It is not among the process's mappings, so its flags cannot be told, and need not be.
+                None if map.pathname == MMapPath::Vsyscall => self.add(map, line, &mut all),
                 None => changed.push((map, line)),
             }
         }
-        // Without anything known there is nothing to be gained.
-        let Some(vdso) = vdso.filter(|_| !all.known.is_empty()) else { return Ok(None) };
+        if changed.is_empty() {
+            return Ok(Some(all));
+        }
+        let Some(vdso) = vdso else { return Ok(None) };
         let starts: Vec<VirtAddr> = changed.iter().map(|(map, _)| range(map).start).collect();
-        let flags: Vec<VmFlags> = ask(vdso, &starts).into_iter().flatten().collect();
+        let flags: Vec<VmFlags> = ask(vdso, &starts)?.into_iter().flatten().collect();
         if flags.len() < changed.len() {
             return Ok(None);
         }
@@ -140,9 +158,9 @@ impl VmaReader {
         path(self.pid, name)
     }
 
-    fn parse(&self, smaps: &[u8]) -> Result<Smaps, VmaError> {
+    fn parse(&self, smaps: &[u8]) -> Result<Mappings, VmaError> {
         let maps = maps_lines(smaps);
-        let mut all = Smaps::default();
+        let mut all = Mappings::default();
         for (map, line) in self.mappings("smaps", smaps)?.into_iter().zip(lines(&maps)) {
             self.add(map, line, &mut all);
         }
@@ -154,7 +172,7 @@ impl VmaReader {
         MemoryMaps::from_read(text).map_err(|source| VmaError::Parse { path: self.path(file), source })
     }
 
-    fn add(&self, map: MemoryMap, line: &[u8], all: &mut Smaps) {
+    fn add(&self, map: MemoryMap, line: &[u8], all: &mut Mappings) {
         let range = range(&map);
         let is_file = matches!(map.pathname, MMapPath::Path(_));
         match self.convert(map, range) {
@@ -257,9 +275,9 @@ fn path(pid: HostPid, name: &str) -> PathBuf {
     format!("/proc/{pid}/{name}").into()
 }
 
-/// What `smaps` says.
-struct Smaps {
-    /// The lines that it shares with `maps`.
+/// All mappings of a process.
+struct Mappings {
+    /// Their lines in `maps`.
     maps: Vec<u8>,
     known: Known,
     unsupported: Vec<UnsupportedVma>,
@@ -267,7 +285,7 @@ struct Smaps {
     complete: bool,
 }
 
-impl Default for Smaps {
+impl Default for Mappings {
     fn default() -> Self {
         Self { maps: Vec::new(), known: Known::new(), unsupported: Vec::new(), complete: true }
     }
@@ -306,13 +324,13 @@ pub fn special_mapping(name: &MMapPath) -> Option<SpecialMapping> {
     }
 }
 
-/// Those of a mapping's `flags` that programs can change while it stands, and the others as they `were`.
+/// Those of a mapping's `flags` that programs can change while it stands, and the others as they `were`: were those different
+/// behind the last layout, the destination would map anew, and lose the pages.
 pub fn changed_flags(were: VmaFlags, flags: VmFlags) -> VmaFlags {
     VmaFlags(were.0 & VmaFlags::FIXED | vma_flags(flags).0 & !VmaFlags::FIXED)
 }
 
-/// What of a mapping's flags the destination is told.
-pub fn vma_flags(flags: VmFlags) -> VmaFlags {
+fn vma_flags(flags: VmFlags) -> VmaFlags {
     const TABLE: [(VmFlags, u16); 11] = [
         (VmFlags::GD, VmaFlags::GROWSDOWN),
         (VmFlags::NR, VmaFlags::NORESERVE),
@@ -337,8 +355,32 @@ fn read_file(path: &Path) -> Result<Vec<u8>, VmaError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memmap2::{Advice, MmapMut};
-    use pclive_wire::PAGE_SIZE;
+    use crate::capture::proc::Stat;
+    use std::process::{Child, Command};
+
+    /// A process that does nothing.
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            let sleeper = Self(Command::new("sleep").arg("1000").spawn().unwrap());
+            while Stat::of(sleeper.pid()).unwrap().state != 'S' {
+                std::thread::yield_now();
+            }
+            sleeper
+        }
+
+        fn pid(&self) -> HostPid {
+            HostPid(self.0.id() as i32)
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
 
     #[test]
     fn smaps_has_the_lines_of_maps() {
@@ -349,40 +391,48 @@ mod tests {
 
     #[test]
     fn only_mappings_that_have_changed_are_asked_for() {
-        let us = HostPid(std::process::id() as i32);
-        let mut reader = VmaReader::new(us);
-        // Other tests change mappings meanwhile.
-        while reader.text.is_empty() {
-            reader.read().unwrap();
-        }
-        let known = reader.vmas.len();
-        // Which does not become a part of one that was there.
-        let mapping = MmapMut::map_anon(PAGE_SIZE as usize).unwrap();
-        mapping.advise(Advice::Random).unwrap();
-        let new = VirtAddr(mapping.as_ptr() as u64);
-        let flags_of = |vmas: &[Vma]| vmas.iter().find(|vma| vma.range.start == new).map(|vma| vma.flags);
+        let sleeper = Sleeper::start();
+        let mut reader = VmaReader::new(sleeper.pid());
+        reader.read().unwrap();
+        // As if its line in `maps` were another one.
+        let changed =
+            reader.vmas.iter().find(|vma| vma.flags == VmaFlags(VmaFlags::GROWSDOWN)).unwrap().clone();
+        let before = reader.vmas.clone();
+        reader.known.retain(|_, vma| vma.as_ref() != Some(&changed));
 
-        let (mut asked, mut beside) = (Vec::new(), reader.clone());
-        let told = |_vdso, mappings: &[VirtAddr]| {
-            asked = mappings.to_vec();
-            vec![Some(VmFlags::DD); mappings.len()]
-        };
-        let flags = flags_of(reader.read_asking(told).unwrap());
-        assert_eq!(flags, Some(VmaFlags(VmaFlags::DONTDUMP)), "as it was told");
-        assert!(asked.contains(&new) && asked.len() < known / 2, "{} of {known} mappings", asked.len());
-        let flags = flags_of(beside.read().unwrap());
-        assert_eq!(flags, Some(VmaFlags(VmaFlags::RANDOM)), "as smaps has it, where nobody tells");
+        for (told, expected) in [(Some(VmFlags::DD), VmaFlags::DONTDUMP), (None, VmaFlags::GROWSDOWN)] {
+            reader.text.clear();
+            let mut asked = Vec::new();
+            let vmas = reader.read_asking(|_vdso, mappings| {
+                asked = mappings.to_vec();
+                Ok::<_, VmaError>(vec![told; mappings.len()])
+            });
+            let expected = Vma { flags: VmaFlags(expected), ..changed.clone() };
+            let expected: Vec<Vma> = before
+                .iter()
+                .map(|vma| if *vma == changed { expected.clone() } else { vma.clone() })
+                .collect();
+            assert_eq!((vmas.unwrap(), asked), (&expected[..], vec![changed.range.start]), "{told:?}");
+            reader.known.retain(|_, vma| vma.as_ref().is_none_or(|vma| vma.range != changed.range));
+        }
+
+        reader.text.clear();
+        reader.read().unwrap();
+        reader.text.clear();
+        let vmas = reader.read_asking(|_, _| -> Result<_, VmaError> { unreachable!("nothing has changed") });
+        assert_eq!(vmas.unwrap(), before);
     }
 
     #[test]
-    fn the_own_mappings_are_understood() {
-        let mut reader = VmaReader::new(HostPid(std::process::id() as i32));
+    fn mappings_of_every_kind_are_understood() {
+        let sleeper = Sleeper::start();
+        let mut reader = VmaReader::new(sleeper.pid());
         let vmas = reader.read().unwrap();
         assert!(vmas.windows(2).all(|pair| pair[0].range.end() <= pair[1].range.start));
         let has = |backing: Backing| vmas.iter().any(|vma| vma.backing == backing);
         assert!(has(Backing::Special(SpecialMapping::Vdso)) && has(Backing::Special(SpecialMapping::Vvar)));
         assert!(vmas.iter().any(|vma| vma.flags.has(VmaFlags::GROWSDOWN)), "the stack");
-        let exe = std::env::current_exe().unwrap().into_os_string().into_vec();
+        let exe = std::fs::read_link(path(sleeper.pid(), "exe")).unwrap().into_os_string().into_vec();
         let code = vmas.iter().find(|vma| matches!(&vma.backing, Backing::File { path, .. } if *path == exe));
         assert!(code.is_some());
     }

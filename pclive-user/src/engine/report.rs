@@ -19,7 +19,9 @@ pub struct Report {
     /// TCP sockets whose options had been read before the freeze, and had not changed in it: where eBPF notices `setsockopt(2)`.
     pub sockets_known: u64,
     /// Mappings that were new or had changed at the freeze, and whose flags eBPF told, so that `smaps` was not read.
-    pub mappings_asked: u64,
+    pub mappings_told: u64,
+    /// Those for which `smaps` was read in the blackout, as eBPF could not tell the flags of all.
+    pub mappings_read: u64,
     /// Pages that were zero and travelled without contents.
     pub zero_pages: u64,
     /// Bytes sent on the page streams.

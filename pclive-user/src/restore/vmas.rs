@@ -99,12 +99,8 @@ fn map(script: &mut Script, range: PageRange, vma: &Vma) {
 }
 
 fn advise(script: &mut Script, range: PageRange, was: VmaFlags, wanted: VmaFlags) {
-    for (flag, set, clear) in ADVICE {
-        match (was.has(flag), wanted.has(flag)) {
-            (false, true) => advice(script, range, set),
-            (true, false) => advice(script, range, clear),
-            _ => {}
-        }
+    for given in advice_between(was, wanted) {
+        advice(script, range, given);
     }
     let lock = match (was.has(VmaFlags::LOCKED), wanted.has(VmaFlags::LOCKED)) {
         (false, true) => libc::SYS_mlock2,
@@ -114,6 +110,13 @@ fn advise(script: &mut Script, range: PageRange, was: VmaFlags, wanted: VmaFlags
     // On fault: absent pages must stay absent until theirs arrive.
     let args: [Arg; 3] = [range.start.into(), range.bytes().into(), u64::from(libc::MLOCK_ONFAULT).into()];
     script.call(format!("mlock or munlock {range}"), lock, args);
+}
+
+/// First what clears flags: it may clear others, too.
+fn advice_between(was: VmaFlags, wanted: VmaFlags) -> impl Iterator<Item = i32> {
+    let cleared = ADVICE.into_iter().filter(move |&(flag, ..)| was.has(flag) && !wanted.has(flag));
+    let set = ADVICE.into_iter().filter(move |&(flag, ..)| !was.has(flag) && wanted.has(flag));
+    cleared.map(|(_, _, clear)| clear).chain(set.map(|(_, set, _)| set))
 }
 
 fn advice(script: &mut Script, range: PageRange, advice: i32) {
@@ -185,6 +188,50 @@ mod tests {
         let (offset, shared, size) = (first * PAGE_SIZE, false, 1 << 30);
         let backing = Backing::File { path: b"/file".to_vec(), offset, shared, size };
         Vma { range, prot, flags: VmaFlags::default(), backing }
+    }
+
+    /// What the kernel makes of flags when advice is given (`madvise_vma_behavior` in mm/madvise.c).
+    fn advised(flags: u16, advice: i32) -> u16 {
+        let (set, cleared) = match advice {
+            libc::MADV_NORMAL => (0, VmaFlags::SEQUENTIAL | VmaFlags::RANDOM),
+            libc::MADV_SEQUENTIAL => (VmaFlags::SEQUENTIAL, VmaFlags::RANDOM),
+            libc::MADV_RANDOM => (VmaFlags::RANDOM, VmaFlags::SEQUENTIAL),
+            libc::MADV_DONTFORK => (VmaFlags::DONTFORK, 0),
+            libc::MADV_DOFORK => (0, VmaFlags::DONTFORK),
+            libc::MADV_WIPEONFORK => (VmaFlags::WIPEONFORK, 0),
+            libc::MADV_KEEPONFORK => (0, VmaFlags::WIPEONFORK),
+            libc::MADV_DONTDUMP => (VmaFlags::DONTDUMP, 0),
+            libc::MADV_DODUMP => (0, VmaFlags::DONTDUMP),
+            libc::MADV_HUGEPAGE => (VmaFlags::HUGEPAGE, VmaFlags::NOHUGEPAGE),
+            libc::MADV_NOHUGEPAGE => (VmaFlags::NOHUGEPAGE, VmaFlags::HUGEPAGE),
+            libc::MADV_MERGEABLE => (VmaFlags::MERGEABLE, 0),
+            libc::MADV_UNMERGEABLE => (0, VmaFlags::MERGEABLE),
+            other => panic!("advice {other}"),
+        };
+        flags & !cleared | set
+    }
+
+    #[test]
+    fn advice_leads_from_any_flags_to_any_others() {
+        let pages = [0, VmaFlags::HUGEPAGE, VmaFlags::NOHUGEPAGE];
+        let order = [0, VmaFlags::SEQUENTIAL, VmaFlags::RANDOM];
+        let rest = [0, VmaFlags::DONTFORK | VmaFlags::MERGEABLE, VmaFlags::WIPEONFORK | VmaFlags::DONTDUMP];
+        let all: Vec<u16> = pages
+            .into_iter()
+            .flat_map(|pages| order.map(|order| pages | order))
+            .flat_map(|flags| rest.map(|rest| flags | rest))
+            .collect();
+        // Neither huge pages nor none: no advice leads back to that.
+        let is_possible = |was: u16, wanted: u16| {
+            let pages = VmaFlags::HUGEPAGE | VmaFlags::NOHUGEPAGE;
+            was & pages == 0 || wanted & pages != 0
+        };
+        for (was, wanted) in all.iter().flat_map(|&was| all.iter().map(move |&wanted| (was, wanted))) {
+            if is_possible(was, wanted) {
+                let advice = advice_between(VmaFlags(was), VmaFlags(wanted));
+                assert_eq!(advice.fold(was, advised), wanted, "from {was:#x}");
+            }
+        }
     }
 
     /// A mapping that the border runs through keeps its pages on both sides of it.

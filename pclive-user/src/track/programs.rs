@@ -206,7 +206,8 @@ fn offsets() -> Result<&'static [(&'static str, u64)]> {
     let kernel = btf::Btf::parse(&blob)?;
     let of = |(global, structure, member)| Ok((global, kernel.offset_of(structure, member)?));
     let mut found = OFFSETS.into_iter().map(of).collect::<Result<Vec<_>>>()?;
-    found.extend(of(VMA_FLAGS));
+    // Not known to the program, it says nothing that is true.
+    found.extend(of(VMA_FLAGS).ok());
     Ok(FOUND.get_or_init(|| found))
 }
 
@@ -265,8 +266,9 @@ impl Programs {
 
     fn attach_flags(&mut self) -> Result<Option<MappingFlags>> {
         let of = |source| ObserveError::Attach { program: FLAGS_PROGRAM, source };
-        self.raw_tracepoint(FLAGS_PROGRAM)?.attach(FLAGS_PROGRAM).map_err(of)?;
-        Ok(MappingFlags::tried(self.take_map(map::FLAG_QUESTION)?))
+        let program = self.raw_tracepoint(FLAGS_PROGRAM)?;
+        let link = program.attach(FLAGS_PROGRAM).and_then(|link| program.take_link(link)).map_err(of)?;
+        Ok(MappingFlags::new(self.take_map(map::FLAG_QUESTION)?, link))
     }
 
     fn attach_options(&mut self, cgroup: &File) -> Result<StoredMarks> {

@@ -114,6 +114,20 @@ pub fn give_back(map: &mut MmapMut, pages: Range<usize>) -> std::io::Result<()> 
     unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, pages.start * PAGE, pages.len() * PAGE) }
 }
 
+/// Has a forked child find the mapping zeroed (`MADV_WIPEONFORK`, Linux 4.14).
+pub fn wipe_on_fork(map: &MmapMut) -> std::io::Result<()> {
+    // SAFETY: the range is one mapping of our own, whose contents the advice leaves alone in this process.
+    let advised = unsafe { libc::madvise(map.as_ptr().cast_mut().cast(), map.len(), libc::MADV_WIPEONFORK) };
+    if advised == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Locks the pages of the mapping as they are touched (`mlock2(2)`, Linux 4.4).
+pub fn lock_on_fault(map: &MmapMut) -> std::io::Result<()> {
+    // SAFETY: the range is one mapping of our own, whose contents the call leaves alone.
+    let locked = unsafe { libc::mlock2(map.as_ptr().cast(), map.len(), libc::MLOCK_ONFAULT) };
+    if locked == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 /// Whether memory is accessible here whatever its protection is (`proc_mem_foll_force` in fs/proc/base.c).
 ///
 /// # Errors

@@ -57,9 +57,7 @@ impl Campaign<'_> {
                 continue;
             }
             for turn in 1..=self.repeat {
-                let cells = results.groups[number].cells.len();
-                for place in 0..cells {
-                    let cell = if turn % 2 == 1 { place } else { cells - 1 - place };
+                for cell in order(turn, results.groups[number].cells.len()) {
                     if interrupt::requested() {
                         return Ok(());
                     }
@@ -78,8 +76,9 @@ impl Campaign<'_> {
     /// How long each measurement of a group that is due takes.
     fn durations(&self, group: &Measured) -> Vec<Duration> {
         let due = |turn| {
-            let cells = group.cells.iter().filter(move |cell| cell.is_due(turn));
-            cells.map(|cell| expected(&group.setting, &cell.mover, self.margin))
+            let cells = order(turn, group.cells.len()).map(|cell| &group.cells[cell]);
+            let due = cells.filter(move |cell| cell.is_due(turn));
+            due.map(|cell| expected(&group.setting, &cell.mover, self.margin))
         };
         (1..=self.repeat).flat_map(due).collect()
     }
@@ -138,6 +137,11 @@ impl Cell {
     fn is_given_up(&self) -> bool {
         self.runs.is_empty() && self.failures.len() >= PATIENCE
     }
+}
+
+/// In what order the cells of a group are measured: every second turn goes backwards.
+fn order(turn: usize, cells: usize) -> impl Iterator<Item = usize> {
+    (0..cells).map(move |place| if turn % 2 == 1 { place } else { cells - 1 - place })
 }
 
 /// How long what is compared with the control takes in this setting.

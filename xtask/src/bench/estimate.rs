@@ -10,9 +10,9 @@ const OVERHEAD_S: f64 = 3.0;
 const FILL_MIB_PER_S: f64 = 600.0;
 /// MiB in a second on a link that is not shaped.
 const UNSHAPED_MIB_PER_S: f64 = 800.0;
-/// How long a migration takes, in times that the link needs for the memory: large ones under load three, idle ones one. A
-/// control takes as long as what it is compared with.
-const SENT_TIMES: f64 = 2.0;
+/// How long a migration takes, as a multiple of the time in which the link carries the memory once: three for large memory under
+/// load, one if it is idle. A control takes as long as what it is compared with.
+const LINK_TIMES: f64 = 2.0;
 
 /// How long one measurement takes, with load for `margin` before and after.
 pub fn expected(setting: &Setting, mover: &Mover, margin: Duration) -> Duration {
@@ -21,7 +21,7 @@ pub fn expected(setting: &Setting, mover: &Mover, margin: Duration) -> Duration 
     let speed = if link > 0.0 { link.min(UNSHAPED_MIB_PER_S) } else { UNSHAPED_MIB_PER_S };
     let middle = match mover {
         Mover::Track { .. } => TRACK.as_secs_f64(),
-        _ => SENT_TIMES * mib / speed,
+        _ => LINK_TIMES * mib / speed,
     };
     Duration::from_secs_f64(OVERHEAD_S + 2.0 * mib / FILL_MIB_PER_S + middle) + 2 * margin
 }

@@ -20,7 +20,8 @@ pub struct Options {
     /// A look at everything in less than five minutes
     #[arg(long, conflicts_with_all = ["full", "axes"])]
     quick: bool,
-    /// Every mode, tracker, workload, size and link rate, each against the others at 1 GiB and 1 Gbit/s; takes hours
+    /// Every mode and tracker with every workload at 1 GiB and 1 Gbit/s, and every mode with other sizes and links; takes about
+    /// an hour each turn
     #[arg(long, conflicts_with = "axes")]
     full: bool,
     /// What parts of pclive are worth: the same migrations with and without them, and the differences

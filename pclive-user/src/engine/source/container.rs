@@ -14,9 +14,8 @@ use crate::track::attach::{Dirty, TrackError, TrackedProcess, Walk};
 use nix::sched::CpuSet;
 use pclive_sys::kcmp::{Shared, compare_tasks};
 use pclive_sys::mem::ProcessMemory;
-use pclive_wire::manifest::{Process, Thread};
+use pclive_wire::manifest::{Process, Thread, Vma};
 use pclive_wire::{HostPid, NsPid, PageRange, PageSet, VirtAddr};
-use procfs::process::VmFlags;
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -98,10 +97,7 @@ impl Live {
         let threads =
             stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
         let fd_size = stopped.leader().status.fd_size;
-        let read = || {
-            let vmas = self.vmas.read_asking(|vdso, mappings| asking.changed(stopped, vdso, mappings))?;
-            Ok(vmas.to_vec())
-        };
+        let read = || asking.read(stopped, &mut self.vmas);
         let layout = capture_layout(process, parent, threads, fd_size, read)
             .map_err(|source| ContainerError::Process { pid, source })?;
         loop {
@@ -122,38 +118,31 @@ impl Live {
 #[derive(Debug, Default)]
 struct Asking {
     source: Option<Box<dyn FlagSource>>,
-    /// Mappings that were new or had changed, and whose flags it has told.
-    told: u64,
+    told: ToldFlags,
+}
+
+/// Mappings that were new or had changed when the container was stopped.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ToldFlags {
+    /// Those whose flags were told.
+    pub told: u64,
+    /// Those whose flags were read from `smaps`, with those of all others, as not all could be told.
+    pub read: u64,
 }
 
 impl Asking {
-    /// The flags of mappings that have changed, for which the process calls `wait4(2)` once more.
-    fn changed(
-        &mut self,
-        stopped: &StoppedProcess,
-        vdso: PageRange,
-        mappings: &[VirtAddr],
-    ) -> Vec<Option<VmFlags>> {
-        let Some(source) = &mut self.source else { return Vec::new() };
-        let mut wait = || {
-            if let Err(error) = call_wait(stopped, vdso) {
-                tracing::debug!(%error, "cannot ask for flags of mappings");
-            }
+    /// The mappings of a stopped process.
+    fn read(&mut self, stopped: &StoppedProcess, vmas: &mut VmaReader) -> Result<Vec<Vma>, ProcessError> {
+        let Self { source: Some(source), told } = self else { return Ok(vmas.read()?.to_vec()) };
+        let ask = |vdso: PageRange, mappings: &[VirtAddr]| {
+            source.pose(stopped.pid, mappings);
+            call_wait(stopped, vdso)?;
+            let flags = source.answers(mappings.len());
+            let count = if flags.contains(&None) { &mut told.read } else { &mut told.told };
+            *count += mappings.len() as u64;
+            Ok::<_, ProcessError>(flags)
         };
-        let flags = source.flags(stopped.pid, mappings, &mut wait);
-        self.told += flags.iter().flatten().count() as u64;
-        flags
-    }
-
-    /// The flags of all mappings, for which the process calls `wait4(2)` in `wait`.
-    fn all(&mut self, pid: HostPid, mappings: &[VirtAddr], wait: &mut dyn FnMut()) -> Vec<Option<VmFlags>> {
-        match &mut self.source {
-            Some(source) => source.flags(pid, mappings, wait),
-            None => {
-                wait();
-                Vec::new()
-            }
-        }
+        Ok(vmas.read_asking(ask)?.to_vec())
     }
 }
 
@@ -216,8 +205,8 @@ impl Container {
         self.asking.source = Some(source);
     }
 
-    /// Mappings whose flags have been asked for.
-    pub fn flags_asked(&self) -> u64 {
+    /// What was asked in the last round.
+    pub fn told_flags(&self) -> ToldFlags {
         self.asking.told
     }
 
@@ -347,6 +336,7 @@ impl Container {
         sent: &Sent,
     ) -> Result<Vec<(Process, LastPages)>, ContainerError> {
         let mut round = Vec::with_capacity(stopped.len());
+        self.asking.told = ToldFlags::default();
         for (process, stopped) in self.processes.iter().zip(stopped) {
             let parent = ns_pid(&self.processes, process.parent);
             let live = self.live.get_mut(&process.pid).expect("every process has an entry");
@@ -363,10 +353,9 @@ impl Container {
         stopped: &StoppedProcess,
         unbound: &[CpuSet],
     ) -> Result<Process, ContainerError> {
-        let pid = stopped.pid;
-        let ask = |mappings: &[VirtAddr], wait: &mut dyn FnMut()| self.asking.all(pid, mappings, wait);
-        capture_stopped(layout, stopped, unbound, ask)
-            .map_err(|source| ContainerError::Process { pid, source })
+        let flags = self.asking.source.as_deref_mut().map(|flags| flags as &mut dyn FlagSource);
+        capture_stopped(layout, stopped, unbound, flags)
+            .map_err(|source| ContainerError::Process { pid: stopped.pid, source })
     }
 
     /// The processes run on: those that are not tracked must be attached to anew.

@@ -1,6 +1,6 @@
 //! The blackout at the source: stop, last pages, all state, handoff.
 
-use super::container::LastPages;
+use super::container::{LastPages, ToldFlags};
 use super::pages::Outgoing;
 use super::{Container, ContainerError, MigrateError, Migration, STEP, SendError};
 use crate::capture::files::{CapturedFiles, capture_files};
@@ -118,7 +118,8 @@ impl Migration<'_> {
         self.clock.enter("last dirty pages");
         let (layouts, pages): (Vec<Process>, Vec<LastPages>) =
             self.container.last_round(stopped, &self.sent)?.into_iter().unzip();
-        self.report.mappings_asked = self.container.flags_asked();
+        let ToldFlags { told, read } = self.container.told_flags();
+        (self.report.mappings_told, self.report.mappings_read) = (told, read);
         let dirty_pages = pages.iter().map(|(_, dirty)| dirty.written.pages()).sum();
         self.begin_round(layouts.clone(), 0, self.is_short_blackout())?;
         self.sender.lift_limit();

@@ -16,7 +16,7 @@ use crate::{
     },
 };
 use pclive_sys::{
-    mem::ProcessMemory,
+    mem::{ProcessMemory, wipe_on_fork},
     pidfd::{pidfd_getfd, pidfd_open},
 };
 use pclive_wire::manifest::{Thread, Vma, VmaFlags};
@@ -154,8 +154,10 @@ fn worker() {
                 mapping.advise(memmap2::Advice::Random).unwrap();
                 apart.insert(mapping).as_ptr() as u64
             }
-            "do not dump" => {
-                apart.as_ref().unwrap().advise(memmap2::Advice::DontDump).unwrap();
+            "advise" => {
+                let mapping = apart.as_ref().unwrap();
+                mapping.advise(memmap2::Advice::DontDump).unwrap();
+                wipe_on_fork(mapping).unwrap();
                 0
             }
             "fork" => {
@@ -384,14 +386,18 @@ fn flags_of_mappings_are_told_as_smaps_says_them() {
         let pid = worker.pid();
         let vdso = find_vdso(pid).unwrap().unwrap();
         let stopped = StoppedProcess::stop(&source_process(pid)).unwrap();
-        let mut wait = || call_wait(&stopped, vdso).unwrap();
 
         let smaps = procfs::process::Process::new(pid.0).unwrap().smaps().unwrap();
         let said: Vec<_> = smaps.iter().filter(|map| map.pathname != MMapPath::Vsyscall).collect();
         let at: Vec<VirtAddr> = said.iter().map(|map| range(map).start).collect();
-        let told = flags.flags(pid, &at, &mut wait);
-        let (nowhere, nobody) =
-            (flags.flags(pid, &[VirtAddr(0)], &mut wait), flags.flags(pid, &at, &mut || {}));
+        let mut ask = |at: &[VirtAddr]| {
+            flags.pose(pid, at);
+            call_wait(&stopped, vdso).unwrap();
+            flags.answers(at.len())
+        };
+        let (told, nowhere) = (ask(&at), ask(&[VirtAddr(0)]));
+        flags.pose(pid, &at);
+        let nobody = flags.answers(at.len());
         stopped.resume().unwrap();
 
         assert_eq!(told.len(), said.len());
@@ -400,7 +406,7 @@ fn flags_of_mappings_are_told_as_smaps_says_them() {
             assert_eq!(told.unwrap(), said, "{source:?} {map:?}");
         }
         assert_eq!(nowhere, [None], "there is no mapping");
-        assert_eq!(nobody, [], "nobody came by");
+        assert_eq!(nobody, vec![None; at.len()], "nobody came by");
     }
 }
 
@@ -417,18 +423,18 @@ fn flags_that_have_changed_without_a_trace_in_maps_are_captured() {
     let stopped = stop();
     let before = vmas.read().unwrap().to_vec();
     stopped.resume().unwrap();
-    worker.tell("do not dump");
+    worker.tell("advise");
 
     let stopped = stop();
     let threads = stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
     let layout = capture_layout(&process, NsPid(0), threads, 0, || Ok(vmas.read()?.to_vec())).unwrap();
     let by_maps = layout.vmas.clone();
-    let ask = |mappings: &[VirtAddr], wait: &mut dyn FnMut()| flags.flags(process.pid, mappings, wait);
-    let captured = capture_stopped(layout, &stopped, &[], ask).unwrap();
+    let captured = capture_stopped(layout, &stopped, &[], Some(&mut flags)).unwrap();
     stopped.resume().unwrap();
 
     let flags_of = |vmas: &[Vma]| vmas.iter().find(|vma| vma.range.start == start).unwrap().flags;
     assert_eq!(flags_of(&before), VmaFlags(VmaFlags::RANDOM));
     assert!(by_maps == before, "maps show it");
-    assert_eq!(flags_of(&captured.vmas), VmaFlags(VmaFlags::RANDOM | VmaFlags::DONTDUMP));
+    let advised = VmaFlags::RANDOM | VmaFlags::DONTDUMP | VmaFlags::WIPEONFORK;
+    assert_eq!(flags_of(&captured.vmas), VmaFlags(advised));
 }
