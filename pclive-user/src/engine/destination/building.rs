@@ -197,6 +197,9 @@ impl<'a> Building<'a> {
             }
         }
         self.clock.enter("resume");
+        if let Err(error) = self.links.keep_up() {
+            tracing::error!("the links of the container may go down when pclive ends: {error}");
+        }
         if let Some(skeleton) = self.skeleton.take() {
             skeleton.release()?;
         }

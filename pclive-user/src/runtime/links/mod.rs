@@ -13,7 +13,9 @@
 //! must not meet them down: the kernel lets traced threads go on as soon as their tracer is dead, before anybody else has
 //! heard of it. So the container is frozen by its cgroup, too, and thawed by the will when all else is done. From
 //! [`Links::keep_down`] on, which the source calls just before it commits, they stay down instead: the container may then
-//! run at the destination, and a second host must not answer for it.
+//! run at the destination, and a second host must not answer for it. For the same reason the links of the destination go down
+//! again if pclive is killed before [`Links::keep_up`], which it calls just before it lets the container go: the container
+//! dies with it until then, and goes on at the source.
 
 mod announce;
 mod netlink;
@@ -226,27 +228,40 @@ impl Links {
     }
 
     /// Sets every link up, also those that were found down, with every address and route that was there, and returns
-    /// when they can be used: what the destination does when the container runs. Announce the addresses next.
+    /// when they can be used: what the destination does when the container runs. Announce the addresses next. They go down
+    /// again if this is dropped, or pclive killed, before [`Links::keep_up`].
     pub fn bring_up(&mut self) -> Result<(), LinkError> {
+        if !self.down {
+            return Ok(());
+        }
+        let lowering: Vec<Request> = self.snapshot.links.iter().map(|link| link.set(false)).collect();
+        let datagrams = self.netlink.datagrams(&lowering);
+        let down = datagrams.into_iter().map(|bytes| Instruction { fd: self.netlink.as_fd(), bytes });
+        self.will.write(&down.collect::<Vec<_>>()).map_err(LinkError::Will)?;
         self.raise(|_| true)
+    }
+
+    /// From here on the links stay up, also if pclive is killed.
+    pub fn keep_up(&mut self) -> Result<(), LinkError> {
+        self.will.revoke().map_err(LinkError::Will)
     }
 
     /// Brings back what was found: what the source does when the container stays, and the destination when it does not
     /// come.
     pub fn restore(&mut self) -> Result<(), LinkError> {
-        self.raise(|was_up| was_up)
-    }
-
-    fn raise(&mut self, is_raised: impl Fn(bool) -> bool) -> Result<(), LinkError> {
         if !self.down {
             return Ok(());
         }
+        self.raise(|was_up| was_up)?;
+        self.will.revoke().map_err(LinkError::Will)
+    }
+
+    fn raise(&mut self, is_raised: impl Fn(bool) -> bool) -> Result<(), LinkError> {
         let raised: Vec<_> = self.snapshot.links.iter().filter(|link| is_raised(link.up)).collect();
         let requests = self.raising(&raised);
         let indices: Vec<_> = raised.iter().map(|link| (link.index, link.peer)).collect();
         self.netlink.apply(&requests)?;
         self.down = false;
-        self.will.revoke().map_err(LinkError::Will)?;
         self.settle(&indices)
     }
 

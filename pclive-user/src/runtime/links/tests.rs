@@ -258,8 +258,18 @@ fn a_link_that_was_prepared_but_down_comes_up_only_if_the_container_does() {
     assert_eq!(lab.inside("-6 address show tentative"), "");
     assert!(lab.answers("192.0.2.7") && lab.answers("2001:db8::7"));
     let setting = || std::fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/accept_dad").unwrap();
+    let is_up = || lab.inside("-br link show eth0").contains("UP");
+    // As if pclive had been killed before the container was let go.
     drop(links);
+    assert!(!is_up());
     assert_eq!(run_in_netns(lab.netns().as_fd(), setting).unwrap(), "1\n");
+
+    let mut links = lab.links();
+    links.take_down().unwrap();
+    links.bring_up().unwrap();
+    links.keep_up().unwrap();
+    drop(links);
+    assert!(is_up());
 }
 
 #[test]
