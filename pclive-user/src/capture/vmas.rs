@@ -355,7 +355,6 @@ fn read_file(path: &Path) -> Result<Vec<u8>, VmaError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::proc::Stat;
     use std::process::{Child, Command};
 
     /// A process that does nothing.
@@ -364,7 +363,9 @@ mod tests {
     impl Sleeper {
         fn start() -> Self {
             let sleeper = Self(Command::new("sleep").arg("1000").spawn().unwrap());
-            while Stat::of(sleeper.pid()).unwrap().state != 'S' {
+            // Not before it sleeps are its mappings what they will be (proc_pid_syscall(5)).
+            let sleeps = format!("{} ", nix::libc::SYS_clock_nanosleep);
+            while !read_file(&path(sleeper.pid(), "syscall")).unwrap().starts_with(sleeps.as_bytes()) {
                 std::thread::yield_now();
             }
             sleeper
