@@ -34,7 +34,8 @@ pub struct MigrateArgs {
     /// arrive.
     #[arg(long, default_value_t = Mode::PcliveG, value_parser = mode_parser())]
     mode: Mode,
-    /// Keep the pages of rounds before this one in the destination's memory, and apply them from this round on.
+    /// Keep the pages of rounds before this one in the destination's memory, and apply them from this round on. The container
+    /// is not frozen before that, unless --max-rounds says so.
     #[arg(long, value_name = "N", default_value_t = 0)]
     restore_from: u32,
     /// Freeze after this many rounds at the latest.

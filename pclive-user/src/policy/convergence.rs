@@ -9,6 +9,9 @@
 //!
 //! Another round is worth its traffic only if it makes this smaller. Writes to a working set that is rewritten faster
 //! than it can be sent do not get fewer; then waiting costs the network and the clients, and gains nothing.
+//!
+//! With delayed restoration the first rounds wait at the destination. To freeze then would have all their pages placed in
+//! the blackout; and the round that they are placed in takes so long that the ones before it are no measure for those after it.
 
 use super::bandwidth::Bandwidth;
 use std::time::Duration;
@@ -20,6 +23,8 @@ pub struct Limits {
     pub max_blackout: Duration,
     /// Most rounds before the freeze, the first (of all pages) included. With 0 the container is frozen at once.
     pub max_rounds: u32,
+    /// Rounds whose pages wait at the destination, all of which are placed at the end of the last of them.
+    pub held_rounds: u32,
     /// What a blackout costs beside sending pages: freezing, capturing, restoring, round trips.
     pub fixed_cost: Duration,
 }
@@ -62,6 +67,7 @@ pub fn decide(left: &[u64], bandwidth: &Bandwidth, limits: &Limits) -> Decision 
     if left.len() >= limits.max_rounds as usize {
         return Decision::Freeze(FreezeReason::RoundLimit);
     }
+    let left = left.get(limits.held_rounds.saturating_sub(1) as usize..).unwrap_or_default();
     let Some(&bytes) = left.last() else { return Decision::Round };
     if predicted_blackout(bytes, bandwidth, limits).is_some_and(|blackout| blackout <= limits.max_blackout) {
         return Decision::Freeze(FreezeReason::ShortEnough);
@@ -100,7 +106,7 @@ mod tests {
     }
 
     fn limits(max_blackout: u32, max_rounds: u32) -> Limits {
-        Limits { max_blackout: max_blackout * MS, max_rounds, fixed_cost: 20 * MS }
+        Limits { max_blackout: max_blackout * MS, max_rounds, held_rounds: 0, fixed_cost: 20 * MS }
     }
 
     #[test]
@@ -137,6 +143,25 @@ mod tests {
             let left: Vec<u64> = left.iter().map(|pages| pages * PAGE_SIZE).collect();
             assert_eq!(decide(&left, &gigabit(), &limits(max_blackout, max_rounds)), expected, "{left:?}");
         }
+    }
+
+    #[test]
+    fn rounds_that_wait_at_the_destination_are_no_measure() {
+        for (left, expected) in [
+            // Nothing is left, but nothing is placed yet either.
+            (&[0, 0][..], Round),
+            (&[0, 0, 0], Freeze(ShortEnough)),
+            // The third took long, as all was placed in it.
+            (&[5000, 4000, 20_000, 5000], Round),
+            (&[5000, 4000, 20_000, 19_000, 19_000], Freeze(NoProgress)),
+            (&[0, 0, 0, 1001, 1001, 1001, 1001, 1001, 1001, 1001], Freeze(RoundLimit)),
+        ] {
+            let left: Vec<u64> = left.iter().map(|pages| pages * PAGE_SIZE).collect();
+            let limits = Limits { held_rounds: 3, ..limits(60, 10) };
+            assert_eq!(decide(&left, &gigabit(), &limits), expected, "{left:?}");
+        }
+        let limits = Limits { held_rounds: 30, ..limits(60, 2) };
+        assert_eq!(decide(&[0, 0], &gigabit(), &limits), Freeze(RoundLimit), "as the operator has it");
     }
 
     #[test]

@@ -89,6 +89,15 @@ pub fn backlog_is_due(apply: ApplyMode, restore_from: Round, ended: Round, last:
     }
 }
 
+/// How many rounds have ended when the backlog is applied before the freeze; 0 if it is not.
+pub fn rounds_held(apply: ApplyMode, restore_from: Round) -> u32 {
+    match apply {
+        ApplyMode::AtFreeze => 0,
+        ApplyMode::OnArrival => restore_from.0,
+        ApplyMode::AtRoundEnd => restore_from.0.saturating_add(1),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,6 +138,21 @@ mod tests {
             };
             assert_eq!((0..4).map(fate).collect::<String>(), expected, "{mode} from {restore_from}");
         }
+    }
+
+    #[test]
+    fn held_rounds_end_with_the_one_at_whose_end_the_backlog_is_due() {
+        for mode in [Mode::Pclive, Mode::PcliveG] {
+            for restore_from in (1..9).map(Round) {
+                let (apply, held) = (mode.apply_mode(), rounds_held(mode.apply_mode(), restore_from));
+                let is_due = |ended: u32| backlog_is_due(apply, restore_from, Round(ended), false);
+                assert!(
+                    (0..held - 1).all(|ended| !is_due(ended)) && is_due(held - 1),
+                    "{mode} from {restore_from}"
+                );
+            }
+        }
+        assert_eq!(rounds_held(ApplyMode::AtFreeze, Round(3)), 0);
     }
 
     #[test]

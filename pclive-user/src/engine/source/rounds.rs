@@ -11,6 +11,7 @@ use crate::policy::bandwidth::Bandwidth;
 use crate::policy::convergence::{Decision, FreezeReason, Limits, decide, predicted_blackout};
 use crate::policy::courtesy::loses_the_race;
 use crate::policy::hot::HotPages;
+use crate::policy::mode::rounds_held;
 use crate::track::attach::Walk;
 use pclive_wire::control::{DestinationMessage, RoundSummary, SourceMessage};
 use pclive_wire::limits::MAX_BATCH_PAGES;
@@ -30,6 +31,7 @@ impl Migration<'_> {
         let limits = Limits {
             max_blackout: self.options.max_blackout,
             max_rounds: self.options.max_rounds,
+            held_rounds: rounds_held(self.options.mode.apply_mode(), self.options.restore_from),
             fixed_cost: FIXED_COST,
         };
         let mut bandwidth = Bandwidth::default();
