@@ -7,7 +7,7 @@
 //! been sent:
 //!
 //! - *marked*: there and unchanged. Or the whole page table is gone, which this search passes over. Whether a table is there,
-//!   one marked page in it tells.
+//!   one marked page in it tells: `move_pages(2)` knows of a page of each table at once whether it is in memory.
 //! - *not marked*: written or gone. A few of them are taken for written: a page that is gone reads as zero, and is sent as
 //!   that. Where there are many, they are told apart by looking at every page of the table.
 //! - Pages without a mark that have never been sent are told apart in the same way: most were never there.
