@@ -12,6 +12,7 @@
 
 use crate::{Error, Result};
 use memmap2::{MmapMut, UncheckedAdvice};
+use nix::errno::Errno;
 use pclive_wire::{HostPid, PAGE_SIZE, PageRange, VirtAddr};
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -118,14 +119,14 @@ pub fn give_back(map: &mut MmapMut, pages: Range<usize>) -> std::io::Result<()> 
 pub fn wipe_on_fork(map: &MmapMut) -> std::io::Result<()> {
     // SAFETY: the range is one mapping of our own, whose contents the advice leaves alone in this process.
     let advised = unsafe { libc::madvise(map.as_ptr().cast_mut().cast(), map.len(), libc::MADV_WIPEONFORK) };
-    if advised == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    Ok(Errno::result(advised).map(drop)?)
 }
 
 /// Locks the pages of the mapping as they are touched (`mlock2(2)`, Linux 4.4).
 pub fn lock_on_fault(map: &MmapMut) -> std::io::Result<()> {
     // SAFETY: the range is one mapping of our own, whose contents the call leaves alone.
     let locked = unsafe { libc::mlock2(map.as_ptr().cast(), map.len(), libc::MLOCK_ONFAULT) };
-    if locked == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    Ok(Errno::result(locked).map(drop)?)
 }
 
 /// Whether memory is accessible here whatever its protection is (`proc_mem_foll_force` in fs/proc/base.c).

@@ -97,7 +97,8 @@ mod tests {
     #[test]
     fn a_blackout_is_split_without_a_rest() {
         let report = serde_json::json!({
-            "mode": "pclive-g", "tracker": "scan", "container": "c", "rounds": [], "sockets_known": 0, "mappings_told": 0, "mappings_read": 0, "zero_pages": 0,
+            "mode": "pclive-g", "tracker": "scan", "container": "c", "rounds": [], "sockets_known": 0,
+            "mappings_told": 0, "mappings_read": 0, "zero_pages": 0,
             "bytes_sent": 7, "zerocopy": {"sends": 0, "copied": 0}, "blackout_us": 1000, "restore_us": 200,
             "total_us": 6000, "source_cpu_us": 1, "destination_cpu_us": 1, "destination_peak_rss_bytes": 1,
             "result": "running", "attach_stop_us": 3,
