@@ -7,6 +7,8 @@ mod unix;
 use super::*;
 use crate::capture::Access;
 use crate::capture::sockets::{OptionWatch, SocketCapture, SocketError, SocketTables};
+use pclive_sys::sock_diag::SockDiag;
+use std::collections::HashSet;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
@@ -117,6 +119,32 @@ impl Lab {
         Arc::new(SocketTables::open(self.hosts[host].as_fd()).unwrap())
     }
 
+    /// Waits until a host has none of these connections any more, which must not come back before.
+    ///
+    /// A program that another test is starting has copies of all descriptors of this process until its `execve(2)`.
+    fn await_gone(&self, host: usize, descriptions: &[Description]) {
+        let ends = descriptions.iter().filter_map(|description| match &description.kind {
+            DescriptionKind::Tcp(socket) => match &socket.state {
+                TcpState::Connected(connection) => Some((socket.local?, connection.remote)),
+                _ => None,
+            },
+            _ => None,
+        });
+        let ends: HashSet<_> = ends.collect();
+        let left = || {
+            let all = SockDiag::open().unwrap().tcp(u32::MAX).unwrap();
+            all.into_iter().filter(|entry| ends.contains(&(entry.local, entry.remote))).collect::<Vec<_>>()
+        };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        run_in_netns(self.hosts[host].as_fd(), || {
+            while let Some(entry) = left().first() {
+                assert!(Instant::now() < deadline, "still there: {entry:?}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        })
+        .unwrap();
+    }
+
     /// Moves the sockets to the other host and lets them live there.
     fn migrate(&mut self, sockets: Vec<OwnedFd>) -> Vec<OwnedFd> {
         let (restored, _) = self.migrate_timed(sockets, self.tables(self.current));
@@ -142,6 +170,7 @@ impl Lab {
         capture.silence().unwrap();
         let silence = start.elapsed();
         drop((capture, sockets));
+        self.await_gone(self.current, &descriptions);
         self.current = other;
         self.up(other);
         let all = (0..descriptions.len() as u32).map(DescriptionId);
