@@ -3,6 +3,7 @@
 //! Capture runs twice with the same code. Preflight surveys the running container and collects every [`Obstacle`]; after
 //! the freeze the same functions read the final state, and an obstacle that appeared since is an error.
 
+pub mod descriptors;
 pub mod env;
 pub mod files;
 pub mod preflight;

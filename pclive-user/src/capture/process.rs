@@ -1,6 +1,7 @@
 //! What belongs to a whole process: signal actions, timers, limits, bounds of the address space.
 
 use super::SourceProcess;
+use super::descriptors::{self, Descriptor};
 use super::proc::{self, ProcError, Stat, Status};
 use super::threads::{self, StoppedProcess, StoppedThread, ThreadError, capture_threads};
 use super::vmas::{FlagSource, VmaError, VmaReader, changed_flags};
@@ -158,21 +159,21 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
     heap.map_or(start_brk, |vma| vma.range.end())
 }
 
-/// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table. Nothing stays in
-/// the process, also on failure. `unbound` is what the kernel says of the processors of threads that are bound to
-/// none. Of mappings whose flags `flags` tells the flags are those of now.
+/// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table: of that the numbers
+/// are told. Nothing stays in the process, also on failure. `unbound` is what the kernel says of the processors of
+/// threads that are bound to none. Of mappings whose flags `flags` tells the flags are those of now.
 pub fn capture_stopped(
     mut layout: Process,
     stopped: &StoppedProcess,
     unbound: &[CpuSet],
     mut flags: Option<&mut dyn FlagSource>,
-) -> Result<Process, ProcessError> {
+) -> Result<(Process, Vec<Descriptor>), ProcessError> {
     let (memory, footing) = footing_of(stopped, vdso(&layout.vmas))?;
     if let Some(flags) = &mut flags {
         let starts: Vec<VirtAddr> = layout.vmas.iter().map(|vma| vma.range.start).collect();
         flags.pose(stopped.pid, &starts);
     }
-    let Asked { timers, of_process, of_thread, answers } =
+    let Asked { timers, of_process, of_thread, answers, descriptors } =
         Borrowed::lend(&stopped.leader().tracee, &footing, |borrowed| {
             borrowed.with_arena(ARENA_SIZE, |arena| Asked::ask(stopped, borrowed, arena))
         })?;
@@ -186,7 +187,7 @@ pub fn capture_stopped(
     let of_leader = &answers[0];
     layout.mm.brk = of_process.brk(of_leader);
     layout.state = Some(Box::new(process_state(stopped, &of_process, of_leader, timers)?));
-    Ok(layout)
+    Ok((layout, descriptors))
 }
 
 /// The memory of a stopped process, and where its leader makes calls.
@@ -224,6 +225,7 @@ struct Asked {
     of_process: Questions,
     of_thread: threads::Questions,
     answers: Vec<Outcome>,
+    descriptors: Vec<Descriptor>,
 }
 
 impl Asked {
@@ -241,9 +243,17 @@ impl Asked {
         // What the program behind a `FlagSource` answers at.
         let args = wait_for_itself(stopped.leader()).map(Arg::from);
         leader.call_expecting("wait4", libc::SYS_wait4, args, Expect::Any);
+        let mut batches = descriptors::Questions::batches(stopped.pid)?.into_iter();
+        let first = descriptors::Questions::ask(&mut leader, &batches.next().unwrap_or_default());
         let members: Vec<_> = stopped.members().map(|member| (&member.tracee, &thread)).collect();
         let answers = run_all(arena, (borrowed_leader, &leader), &members)?;
-        Ok(Self { timers, of_process, of_thread, answers })
+        let mut descriptors: Vec<Descriptor> = first.descriptors(&answers[0]).collect();
+        for batch in batches {
+            let mut script = Script::new();
+            let questions = descriptors::Questions::ask(&mut script, &batch);
+            descriptors.extend(questions.descriptors(&borrowed_leader.run(arena, &script)?));
+        }
+        Ok(Self { timers, of_process, of_thread, answers, descriptors })
     }
 }
 

@@ -1,5 +1,6 @@
 //! What can go wrong, and what can be refused, while descriptors are read.
 
+use crate::capture::proc::ProcError;
 use crate::capture::sockets::SocketError;
 use nix::errno::Errno;
 use std::fmt;
@@ -27,6 +28,9 @@ pub enum FileError {
         #[source]
         error: std::io::Error,
     },
+    /// The descriptors of a process could not be listed.
+    #[error(transparent)]
+    List(#[from] ProcError),
     /// The kernel's description of a descriptor lacks something.
     #[error("fdinfo of {object} has no usable `{field}`")]
     FdInfo {
@@ -48,9 +52,11 @@ pub enum FileError {
 
 impl FileError {
     /// For `map_err`: names the call and the object that it was made for.
-    pub(super) fn call(call: &'static str, object: &dyn fmt::Display) -> impl FnOnce(Errno) -> Self {
-        let object = object.to_string();
-        move |errno| Self::Call { call, object, errno }
+    pub(super) fn call<'a>(
+        call: &'static str,
+        object: &'a dyn fmt::Display,
+    ) -> impl FnOnce(Errno) -> Self + 'a {
+        move |errno| Self::Call { call, object: object.to_string(), errno }
     }
 }
 

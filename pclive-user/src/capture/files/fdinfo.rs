@@ -33,6 +33,11 @@ impl FdInfo {
         })
     }
 
+    /// What there is to say of a socket, which has neither offset nor mount, with the given `flags`.
+    pub fn of_socket(flags: u32) -> Self {
+        Self { pos: 0, flags, mount: 0, locked: false, text: String::new() }
+    }
+
     /// The value behind `name` (which ends in a colon) at the start of a line, without blanks around it.
     pub fn field(&self, name: &str) -> Option<&str> {
         find(&self.text, name)

@@ -10,9 +10,8 @@ use super::table::{OpenFd, Slot};
 use crate::capture::{Access, SourceProcess};
 use nix::errno::Errno;
 use pclive_sys::kcmp;
-use pclive_sys::pidfd::pidfd_getfd;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 
 /// One open file description and every descriptor that names it.
 #[derive(Debug)]
@@ -60,9 +59,10 @@ impl Found {
 
     /// A duplicate in this process, to ask what procfs does not tell.
     pub fn duplicate(&self, processes: &[SourceProcess]) -> Result<OwnedFd, FileError> {
-        let slot = self.slot();
-        pidfd_getfd(processes[slot.process].pidfd.as_fd(), slot.fd)
-            .map_err(FileError::call("pidfd_getfd", &slot))
+        match self.open.duplicate.take() {
+            Some(duplicate) => Ok(duplicate),
+            None => self.slot().duplicate(&processes[self.slot().process]),
+        }
     }
 }
 

@@ -35,6 +35,7 @@ pub(crate) use named::is_stateless;
 pub use socket::read_options_ahead;
 pub use unlinked::MAX_UNLINKED_BYTES;
 
+use crate::capture::descriptors::Descriptor;
 use crate::capture::env::ContainerEnv;
 use crate::capture::sockets::SocketCapture;
 use crate::capture::{Access, Obstacles, SourceProcess};
@@ -60,24 +61,42 @@ pub struct CapturedFiles {
     pub transient: Vec<String>,
 }
 
+/// How files are looked at.
+#[derive(Debug)]
+pub enum Look {
+    /// The container runs: [`Access::Survey`].
+    Survey,
+    /// The container stands still: [`Access::Frozen`].
+    Frozen {
+        /// See [`SocketCapture::begin`].
+        codicil: Option<Codicil>,
+        /// The descriptors of each process, if they are known already.
+        descriptors: Option<Vec<Vec<Descriptor>>>,
+    },
+}
+
 /// Reads the descriptor tables of `processes` and every open file description that they name.
 ///
 /// What cannot be moved is added to `obstacles` or to [`CapturedFiles::transient`]; the result is complete if neither
-/// got anything. For the `codicil` see [`SocketCapture::begin`].
+/// got anything.
 ///
 /// # Errors
 /// The kernel refused a call that should have worked.
 pub fn capture_files(
     processes: &[SourceProcess],
     env: &ContainerEnv,
-    access: Access,
-    codicil: Option<Codicil>,
+    look: Look,
     obstacles: &mut Obstacles,
 ) -> Result<CapturedFiles, FileError> {
+    let (access, codicil, descriptors) = match look {
+        Look::Survey => (Access::Survey, None, None),
+        Look::Frozen { codicil, descriptors } => (Access::Frozen, codicil, descriptors),
+    };
     let mut reader = TableReader::new(access);
     let mut open = Vec::new();
     for (index, process) in processes.iter().enumerate() {
-        open.extend(reader.read(index, process)?);
+        let known = descriptors.as_ref().map(|descriptors| descriptors[index].as_slice());
+        open.extend(reader.read(index, process, known)?);
     }
     let found = identity::group(open, access)?;
     let mut describer = Describer::new(processes, env, access, codicil, &found)?;

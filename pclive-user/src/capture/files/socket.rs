@@ -4,6 +4,7 @@ use super::error::FileError;
 use super::identity::Found;
 use super::table::{self, Slot};
 use crate::capture::SourceProcess;
+use crate::capture::proc;
 use crate::capture::sockets::SocketTables;
 use nix::sys::stat::{fstat, major, minor, stat};
 use pclive_sys::pidfd::pidfd_getfd;
@@ -16,6 +17,11 @@ pub(super) fn inode(link: &[u8]) -> Option<u64> {
     std::str::from_utf8(number).ok()?.parse().ok()
 }
 
+/// The link of a descriptor of the socket `inode`.
+pub(super) fn link(inode: u64) -> Vec<u8> {
+    format!("socket:[{inode}]").into_bytes()
+}
+
 /// Looks at all sockets of the running container, so that their options are known at the freeze: those that the call before
 /// has seen, too, and that have not changed since. Descriptors that come and go meanwhile are the next call's business.
 pub fn read_options_ahead(processes: &[SourceProcess], tables: &SocketTables) {
@@ -24,7 +30,7 @@ pub fn read_options_ahead(processes: &[SourceProcess], tables: &SocketTables) {
     }
     let mut open = HashSet::new();
     for (index, process) in processes.iter().enumerate() {
-        for fd in table::numbers(process.pid).unwrap_or_default() {
+        for fd in proc::descriptors(process.pid).unwrap_or_default() {
             let slot = Slot { process: index, pid: process.pid, ns_pid: process.ns_pid, fd };
             let Some(inode) = table::link_of(slot).as_deref().and_then(inode) else { continue };
             if !open.insert(inode) {
@@ -57,7 +63,8 @@ mod tests {
 
     #[test]
     fn only_a_socket_has_a_socket_inode() {
-        assert_eq!(inode(b"socket:[4711]"), Some(4711));
+        assert_eq!(link(4711), b"socket:[4711]");
+        assert_eq!(inode(&link(4711)), Some(4711));
         assert_eq!(inode(b"pipe:[4711]"), None);
         assert_eq!(inode(b"/tmp/socket:[4711]"), None);
     }

@@ -1,12 +1,15 @@
 //! Children that hold descriptors, for the tests of capture and restore.
 
-use super::{CapturedFiles, capture_files};
+use super::{CapturedFiles, Look, capture_files};
 use crate::capture::env::ContainerEnv;
+use crate::capture::process::{capture_layout, capture_stopped};
+use crate::capture::threads::StoppedProcess;
+use crate::capture::vmas::VmaReader;
 use crate::capture::{Access, Obstacle, Obstacles, SourceProcess};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pclive_sys::pidfd::pidfd_open;
-use pclive_wire::manifest::{Description, DescriptionKind};
+use pclive_wire::manifest::{Description, DescriptionKind, Thread};
 use pclive_wire::{HostPid, NsPid};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -84,9 +87,30 @@ impl Holder {
 
     /// Captures the files; what is refused comes second.
     pub fn capture(&self, access: Access) -> (CapturedFiles, Vec<Obstacle>) {
+        self.look(match access {
+            Access::Survey => Look::Survey,
+            Access::Frozen => Look::Frozen { codicil: None, descriptors: None },
+        })
+    }
+
+    /// Captures the files of the program alone, which says itself what descriptors it has.
+    pub fn capture_told(&self) -> (CapturedFiles, Vec<Obstacle>) {
+        let [process] = self.processes.as_slice() else { panic!("there are children") };
+        kill(Pid::from_raw(process.pid.0), Signal::SIGCONT).expect("the program is there");
+        let stopped = StoppedProcess::stop(process).unwrap();
+        let threads = vec![Thread { tid: process.ns_pid, state: None }];
+        let read = || Ok(VmaReader::new(process.pid).read()?.to_vec());
+        let layout = capture_layout(process, NsPid(0), threads, 0, read).unwrap();
+        let (_, descriptors) = capture_stopped(layout, &stopped, &[], None).unwrap();
+        let found = self.look(Look::Frozen { codicil: None, descriptors: Some(vec![descriptors]) });
+        stopped.resume().unwrap();
+        found
+    }
+
+    fn look(&self, look: Look) -> (CapturedFiles, Vec<Obstacle>) {
         let env = ContainerEnv::open(self.processes[0].pid).unwrap();
         let mut obstacles = Obstacles::default();
-        let captured = capture_files(&self.processes, &env, access, None, &mut obstacles).unwrap();
+        let captured = capture_files(&self.processes, &env, look, &mut obstacles).unwrap();
         (captured, obstacles.into_sorted())
     }
 }

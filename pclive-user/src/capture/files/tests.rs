@@ -42,6 +42,30 @@ print(child)
 }
 
 #[test]
+fn what_a_process_says_of_its_descriptors_is_what_procfs_says() {
+    let holder = Holder::run(
+        r#"
+import resource, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+tcp = socket.socket(); tcp.setblocking(False)
+named = socket.socket(socket.AF_UNIX); named.bind("name")
+at(10, os.open("name", os.O_PATH))
+at(11, os.open("/etc/passwd", os.O_RDONLY))
+for n in range(1100): os.dup2(tcp.fileno(), 100 + n, inheritable=n % 3 == 0)
+print("ready")
+"#,
+    );
+    let (read, obstacles) = holder.capture(Access::Frozen);
+    let (told, told_obstacles) = holder.capture_told();
+    assert_eq!(obstacles.len(), 2, "the name, and the socket that has it: {obstacles:?}");
+    assert_eq!(told_obstacles, obstacles);
+    assert_eq!(told.tables, read.tables);
+    assert_eq!(told.descriptions, read.descriptions);
+    let cloexec = told.tables[0].1.iter().filter(|entry| entry.fd >= 100).map(|entry| entry.cloexec);
+    assert!(cloexec.eq((0..1100).map(|n| n % 3 != 0)));
+}
+
+#[test]
 fn streams_of_the_runtime_are_told_from_pipes_of_the_container() {
     let holder = Holder::run(
         r#"

@@ -7,6 +7,7 @@
 use pclive_wire::{HostPid, NsPid, PAGE_SIZE};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -83,22 +84,35 @@ pub fn link(file: &str) -> Result<Vec<u8>, ProcError> {
 
 /// The threads of a process as the host numbers them, the leader first.
 pub fn threads(pid: HostPid) -> Result<Vec<HostPid>, ProcError> {
-    let path = PathBuf::from(format!("/proc/{pid}/task"));
-    let list = || -> io::Result<Vec<HostPid>> {
-        let mut threads = Vec::new();
-        for entry in std::fs::read_dir(&path)? {
-            let name = entry?.file_name();
-            threads.extend(name.to_str().and_then(|name| name.parse().ok()).map(HostPid));
-        }
-        // The list of a process that has ended since its directory was opened is empty.
-        match threads.is_empty() {
-            true => Err(io::Error::from_raw_os_error(libc::ESRCH)),
-            false => Ok(threads),
-        }
-    };
-    let mut threads = list().map_err(|source| ProcError::Read { path, source })?;
+    let mut threads: Vec<HostPid> = list(format!("{pid}/task"), HostPid)?;
+    if threads.is_empty() {
+        // The list of a process that has ended since its directory was opened.
+        let source = io::Error::from_raw_os_error(libc::ESRCH);
+        return Err(ProcError::Read { path: format!("/proc/{pid}/task").into(), source });
+    }
     threads.sort_by_key(|&tid| (tid != pid, tid));
     Ok(threads)
+}
+
+/// The open descriptors of a process, sorted.
+pub fn descriptors(pid: HostPid) -> Result<Vec<RawFd>, ProcError> {
+    let mut descriptors = list(format!("{pid}/fd"), |fd| fd)?;
+    descriptors.sort_unstable();
+    Ok(descriptors)
+}
+
+/// The names in the directory `/proc/DIRECTORY` that are numbers.
+fn list<T>(directory: String, of: impl Fn(i32) -> T) -> Result<Vec<T>, ProcError> {
+    let path = Path::new("/proc").join(directory);
+    let read = || -> io::Result<Vec<T>> {
+        let mut numbers = Vec::new();
+        for entry in std::fs::read_dir(&path)? {
+            let name = entry?.file_name();
+            numbers.extend(name.to_str().and_then(|name| name.parse().ok()).map(&of));
+        }
+        Ok(numbers)
+    };
+    read().map_err(|source| ProcError::Read { path, source })
 }
 
 /// The children of a thread, also those that have ended. Incomplete if one of them is reaped meanwhile.

@@ -2,6 +2,7 @@
 
 use super::sent::Sent;
 use crate::capture::SourceProcess;
+use crate::capture::descriptors::Descriptor;
 use crate::capture::env::{ContainerEnv, EnvError};
 use crate::capture::process::{
     ProcessError, call_wait, capture_layout, capture_running_layout, capture_stopped,
@@ -346,13 +347,14 @@ impl Container {
         Ok(round)
     }
 
-    /// Adds to the layout of a process whose threads are stopped all other state but its descriptors.
+    /// Adds to the layout of a process whose threads are stopped all other state but its descriptor table, of which it
+    /// returns the numbers.
     pub fn capture(
         &mut self,
         layout: Process,
         stopped: &StoppedProcess,
         unbound: &[CpuSet],
-    ) -> Result<Process, ContainerError> {
+    ) -> Result<(Process, Vec<Descriptor>), ContainerError> {
         let flags = self.asking.source.as_deref_mut().map(|flags| flags as &mut dyn FlagSource);
         capture_stopped(layout, stopped, unbound, flags)
             .map_err(|source| ContainerError::Process { pid: stopped.pid, source })

@@ -3,11 +3,11 @@
 use super::container::{LastPages, ToldFlags};
 use super::pages::Outgoing;
 use super::{Container, ContainerError, MigrateError, Migration, STEP, SendError};
-use crate::capture::files::{CapturedFiles, capture_files};
+use crate::capture::Obstacles;
+use crate::capture::files::{CapturedFiles, Look, capture_files};
 use crate::capture::sockets::SocketCapture;
 use crate::capture::threads::StoppedProcess;
 use crate::capture::tree::unreaped;
-use crate::capture::{Access, Obstacles};
 use crate::engine::awake::Awake;
 use crate::engine::clock::Clock;
 use crate::handoff::SourceEvent;
@@ -229,14 +229,14 @@ fn capture(
     // The links go down as late as possible: while they are up, requests that were under way arrive and wait in the
     // sockets, which are read next; afterwards they are lost, and come again only after the client's timeout of 200 ms.
     let capture = |(layout, stopped)| container.capture(layout, stopped, &unbound);
-    let processes = layouts.into_iter().zip(stopped).map(capture).collect::<Result<_, _>>()?;
+    let captured = layouts.into_iter().zip(stopped).map(capture).collect::<Result<Vec<_>, _>>()?;
+    let (processes, descriptors): (Vec<Process>, Vec<_>) = captured.into_iter().unzip();
     clock.enter("links down");
     links.take_down()?;
     clock.enter("capture files");
     let mut obstacles = Obstacles::default();
-    let codicil = Some(links.codicil()?);
-    let files =
-        capture_files(container.processes(), container.env(), Access::Frozen, codicil, &mut obstacles)?;
+    let frozen = Look::Frozen { codicil: Some(links.codicil()?), descriptors: Some(descriptors) };
+    let files = capture_files(container.processes(), container.env(), frozen, &mut obstacles)?;
     match obstacles.is_empty() {
         true => Ok((processes, files)),
         false => Err(MigrateError::Obstacles(obstacles.into_sorted())),

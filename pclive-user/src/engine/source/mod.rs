@@ -25,9 +25,9 @@ pub use pages::SendError;
 use super::clock::Clock;
 use super::report::{Report, RoundReport};
 use super::usage::cpu_time;
-use crate::capture::files::{FileError, capture_files};
+use crate::capture::files::{FileError, Look, capture_files};
 use crate::capture::preflight::{PreflightError, survey};
-use crate::capture::{Access, Obstacle, Obstacles};
+use crate::capture::{Obstacle, Obstacles};
 use crate::handoff::{Reason, Source, SourceAction, SourceEvent};
 use crate::host::{self, HostError};
 use crate::policy::hot::HotPages;
@@ -279,7 +279,7 @@ fn survey_all(container: &Container) -> Result<Vec<Obstacle>, MigrateError> {
         obstacles.add(NsPid(1), format!("cgroup {}", cgroup.path().display()), reason, remedy);
     }
     survey(container.processes(), container.env(), &mut obstacles)?;
-    capture_files(container.processes(), container.env(), Access::Survey, None, &mut obstacles)?;
+    capture_files(container.processes(), container.env(), Look::Survey, &mut obstacles)?;
     Ok(obstacles.into_sorted())
 }
 

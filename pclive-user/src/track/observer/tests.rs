@@ -429,7 +429,7 @@ fn flags_that_have_changed_without_a_trace_in_maps_are_captured() {
     let threads = stopped.threads.iter().map(|thread| Thread { tid: thread.ns_tid, state: None }).collect();
     let layout = capture_layout(&process, NsPid(0), threads, 0, || Ok(vmas.read()?.to_vec())).unwrap();
     let by_maps = layout.vmas.clone();
-    let captured = capture_stopped(layout, &stopped, &[], Some(&mut flags)).unwrap();
+    let (captured, _) = capture_stopped(layout, &stopped, &[], Some(&mut flags)).unwrap();
     stopped.resume().unwrap();
 
     let flags_of = |vmas: &[Vma]| vmas.iter().find(|vma| vma.range.start == start).unwrap().flags;
