@@ -226,7 +226,7 @@ impl TrackedProcess {
         // What is no longer mapped goes away with its mapping.
         let sent_anonymous = sent.intersection(&anonymous);
         let mut dirty = last_look::look(&self.pagemap, &anonymous, &sent_anonymous, self.is_tracked())?;
-        let (written, there) = self.written_and_there_of_files(layout)?;
+        let (written, there) = self.written_and_there_of_files(&of_files)?;
         let vanished = sent.intersection(&of_files).difference(&there);
         let mut new = Vec::new();
         self.populated_of_new(layout, &mut new)?;
@@ -236,11 +236,11 @@ impl TrackedProcess {
         Ok(dirty)
     }
 
-    /// Written pages, and all that are there, of mapped files.
-    fn written_and_there_of_files(&self, layout: &[Vma]) -> Result<(PageSet, PageSet), TrackError> {
+    /// Written pages, and all that are there, of mapped files. A library has five mappings side by side, which one scan sees.
+    fn written_and_there_of_files(&self, mappings: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
         let mut found: Vec<Region> = Vec::new();
-        for vma in layout.iter().filter(|vma| vma.has_own_pages() && vma.backing != Backing::Anonymous) {
-            self.pagemap.scan(vma.range, populated(vma), &mut found)?;
+        for &range in mappings.ranges() {
+            self.pagemap.scan(range, populated(Categories::FILE), &mut found)?;
         }
         let having = |category| -> PageSet {
             found.iter().filter(|region| region.categories.has(category)).map(|region| region.range).collect()
@@ -284,7 +284,7 @@ impl TrackedProcess {
         }
         for new in mapped_anew(&self.layout, layout) {
             for (vma, range) in overlapping(layout, new).filter(|(vma, _)| vma.has_own_pages()) {
-                self.pagemap.scan(range, populated(vma), found)?;
+                self.pagemap.scan(range, populated(foreign(vma)), found)?;
             }
         }
         Ok(())
@@ -299,12 +299,12 @@ fn written(vma: &Vma) -> Filter {
     Filter { all: Categories::WRITTEN, any: RESIDENT, without: foreign(vma), report: Categories::WRITTEN }
 }
 
-/// Populated pages of their own, whether they were written, and whether they are in memory.
-fn populated(vma: &Vma) -> Filter {
+/// Populated pages but for `foreign` ones, whether they were written, and whether they are in memory.
+fn populated(foreign: Categories) -> Filter {
     Filter {
         all: Categories::NONE,
         any: RESIDENT,
-        without: foreign(vma),
+        without: foreign,
         report: Categories::WRITTEN.or(Categories::PRESENT),
     }
 }

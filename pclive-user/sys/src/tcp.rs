@@ -164,7 +164,14 @@ impl<'a> Repair<'a> {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN` in the user namespace that owns the socket's network namespace, or if it listens.
     pub fn enter(socket: BorrowedFd<'a>) -> nix::Result<Self> {
-        let way_out = way_out(socket)?;
+        Self::enter_knowing(socket, way_out(socket)?)
+    }
+
+    /// The same with the [`way_out`] of the socket.
+    ///
+    /// # Errors
+    /// As [`enter`](Self::enter).
+    pub fn enter_knowing(socket: BorrowedFd<'a>, way_out: [Setting; 2]) -> nix::Result<Self> {
         set_int(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_ON)?;
         Ok(Self { socket, way_out })
     }

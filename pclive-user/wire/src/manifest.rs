@@ -6,7 +6,7 @@
 
 mod sockets;
 
-pub use sockets::{SocketOption, TcpConnection, TcpSocket, TcpState, UnixPeer, UnixSocket};
+pub use sockets::{OptionValue, SocketOption, TcpConnection, TcpSocket, TcpState, UnixPeer, UnixSocket};
 
 use crate::limits::{MAX_DESCRIPTIONS, MAX_PENDING_SIGNALS, MAX_PROCESSES, at_most};
 use crate::units::{NsPid, PageRange, Round, VirtAddr};

@@ -5,7 +5,7 @@
 
 use nix::errno::Errno;
 use pclive_sys::sockopt;
-use pclive_wire::manifest::SocketOption;
+use pclive_wire::manifest::{OptionValue, SocketOption};
 use std::os::fd::BorrowedFd;
 
 /// When restore sets an option.
@@ -52,8 +52,8 @@ pub(crate) struct Known {
 }
 
 const INT: std::ops::RangeInclusive<usize> = 4..=4;
-/// Longest value in the table; `IFNAMSIZ` and `TCP_CA_NAME_MAX` are 16 as well.
-const LONGEST: usize = 16;
+/// Longest value in the table.
+const LONGEST: usize = OptionValue::LONGEST;
 
 macro_rules! table {
     ($($when:ident $level:ident $label:ident = $name:expr, $length:expr;)*) => {
@@ -159,23 +159,23 @@ const IPV6: &[Known] = table! {
     Connected IPPROTO_IPV6 IPV6_AUTOFLOWLABEL  = number::IPV6_AUTOFLOWLABEL, INT;
 };
 
-/// The options of a kind of socket.
+/// The options of a kind of socket. Those of a connection come first among those of a socket that is not connected.
 pub(crate) fn table(family: Family, connected: bool) -> impl Iterator<Item = &'static Known> {
     let unconnected = if connected { &[] } else { UNCONNECTED };
     let lists: [&[Known]; 4] = match family {
         Family::Unix => [SOCKET, UNIX, &[], &[]],
         Family::Tcp4 => [SOCKET, TCP, unconnected, &[]],
-        Family::Tcp6 => [SOCKET, TCP, unconnected, IPV6],
+        Family::Tcp6 => [SOCKET, TCP, IPV6, unconnected],
     };
     lists.into_iter().flatten()
 }
 
 impl Known {
     /// The option's value, or `None` where the kernel or the protocol does not have the option.
-    pub(crate) fn get(&self, socket: BorrowedFd<'_>) -> nix::Result<Option<Vec<u8>>> {
+    pub(crate) fn get(&self, socket: BorrowedFd<'_>) -> nix::Result<Option<OptionValue>> {
         let mut buffer = [0; LONGEST];
         match sockopt::get(socket, self.level, self.name, &mut buffer) {
-            Ok(len) => Ok(Some(buffer[..len].to_vec())),
+            Ok(len) => Ok(OptionValue::new(&buffer[..len])),
             Err(Errno::ENOPROTOOPT | Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(None),
             Err(errno) => Err(errno),
         }
@@ -220,7 +220,7 @@ pub(super) fn read(
 /// The value of an option that is a C `int`, if the list has it.
 pub(crate) fn find_int(options: &[SocketOption], level: i32, name: i32) -> Option<i32> {
     let option = options.iter().find(|option| (option.level, option.name) == (level, name))?;
-    option.value.as_slice().try_into().ok().map(i32::from_ne_bytes)
+    (*option.value).try_into().ok().map(i32::from_ne_bytes)
 }
 
 #[cfg(test)]

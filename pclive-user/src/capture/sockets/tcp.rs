@@ -154,7 +154,7 @@ fn in_repair_mode<T>(
 ) -> Result<T, SocketError> {
     let way_out = source.call("SO_REUSEADDR", way_out(source.fd))?;
     provision.during(source, &way_out, || {
-        let repair = source.call("TCP_REPAIR", Repair::enter(source.fd))?;
+        let repair = source.call("TCP_REPAIR", Repair::enter_knowing(source.fd, way_out))?;
         let result = f(&repair);
         source.call("TCP_REPAIR off", repair.leave())?;
         result

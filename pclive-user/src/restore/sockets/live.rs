@@ -1,8 +1,7 @@
 //! From a connection that stands in repair mode to one that runs.
 
 use super::inject::{ACK, FIN, Injector, PUSH, Segment};
-use super::{Buffers, Name, RestoreError};
-use crate::capture::sockets::options::Known;
+use super::{Buffers, Differing, Name, RestoreError};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use pclive_sys::sock_diag::state;
 use pclive_sys::sockopt;
@@ -24,7 +23,7 @@ pub(super) struct Waiting {
     pub(super) unsent: Vec<u8>,
     pub(super) buffers: Buffers,
     pub(super) no_delay: bool,
-    pub(super) options: Vec<(&'static Known, Vec<u8>)>,
+    pub(super) options: Differing,
     pub(super) local: SocketAddr,
     pub(super) remote: SocketAddr,
     /// Number of the probe byte.

@@ -43,8 +43,11 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::sockopt;
-use pclive_wire::manifest::{Description, DescriptionId, DescriptionKind, SocketOption, TcpSocket, TcpState};
+use pclive_wire::manifest::{
+    Description, DescriptionId, DescriptionKind, OptionValue, SocketOption, TcpSocket, TcpState,
+};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Why a socket could not be made.
@@ -201,43 +204,60 @@ impl RestoredSockets {
     }
 }
 
-/// Option values that a new socket has in this network namespace.
+/// Option values that new sockets have in this network namespace: for each family in the order of its table.
 #[derive(Debug, Default)]
-struct Defaults(HashMap<(Family, i32, i32), Option<Vec<u8>>>);
+struct Defaults(HashMap<Family, Vec<Option<OptionValue>>>);
+
+/// Options that are to be set.
+type Differing = Vec<(&'static Known, OptionValue)>;
 
 impl Defaults {
     /// The options that must be set, in the table's order: those that differ from what a new socket has.
     ///
     /// `fresh` is a new socket.
-    fn differing<'a>(
+    fn differing(
         &mut self,
         fresh: BorrowedFd<'_>,
         family: Family,
         connected: bool,
-        options: &'a [SocketOption],
+        options: &[SocketOption],
         name: &Name<'_>,
-    ) -> Result<Vec<(&'static Known, &'a [u8])>, RestoreError> {
-        let mut wanted: HashMap<_, _> = options.iter().map(|o| ((o.level, o.name), o)).collect();
+    ) -> Result<Differing, RestoreError> {
+        let defaults = match self.0.entry(family) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let read = |known: &Known| name.call(known.label, known.get(fresh));
+                entry.insert(options::table(family, false).map(read).collect::<Result<_, _>>()?)
+            }
+        };
+        let mut wanted: Vec<&SocketOption> = options.iter().collect();
+        wanted.sort_unstable_by_key(|option| (option.level, option.name));
+        let find = |known: &Known| {
+            wanted.binary_search_by_key(&(known.level, known.name), |option| (option.level, option.name)).ok()
+        };
         let mut differing = Vec::new();
-        for known in options::table(family, connected) {
-            let Some(option) = wanted.remove(&(known.level, known.name)) else { continue };
+        let mut found = 0;
+        for (known, default) in options::table(family, connected).zip(defaults) {
+            let Some(option) = find(known).map(|at| wanted[at]) else { continue };
+            found += 1;
             if !known.takes(&option.value) {
                 return Err(refused(option, name));
             }
-            let default = match self.0.entry((family, known.level, known.name)) {
-                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::hash_map::Entry::Vacant(entry) => {
-                    entry.insert(name.call(known.label, known.get(fresh))?)
-                }
-            };
-            if default.as_ref() != Some(&option.value) {
-                differing.push((known, option.value.as_slice()));
+            if *default != Some(option.value) {
+                differing.push((known, option.value));
             }
         }
-        match wanted.into_values().next() {
-            Some(unknown) => Err(refused(unknown, name)),
-            None => Ok(differing),
+        let is_unknown = |option: &&SocketOption| {
+            options::table(family, connected)
+                .all(|known| (known.level, known.name) != (option.level, option.name))
+        };
+        // Or one of them has come twice.
+        if found < options.len()
+            && let Some(unknown) = options.iter().find(is_unknown)
+        {
+            return Err(refused(unknown, name));
         }
+        Ok(differing)
     }
 }
 
@@ -249,7 +269,7 @@ fn refused(option: &SocketOption, name: &Name<'_>) -> RestoreError {
 /// Sets the options that are due.
 fn set_options(
     socket: BorrowedFd<'_>,
-    options: &[(&'static Known, &[u8])],
+    options: &[(&'static Known, OptionValue)],
     when: When,
     name: &Name<'_>,
 ) -> Result<(), RestoreError> {

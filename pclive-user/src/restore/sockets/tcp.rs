@@ -118,8 +118,7 @@ pub(super) fn connect(
     name.call("TCP_NODELAY", no_delay(fd.as_fd(), true))?;
     repair.stay();
 
-    let live = options.into_iter().filter(|(known, _)| known.when == When::Live);
-    let options = live.map(|(known, value)| (known, value.to_vec())).collect();
+    let options = options.into_iter().filter(|(known, _)| known.when == When::Live).collect();
     let no_delay = find_int(&socket.options, libc::IPPROTO_TCP, libc::TCP_NODELAY).unwrap_or(0) != 0;
     Ok((fd, Waiting { buffers, options, no_delay, ..waiting(label, local, connection) }))
 }

@@ -1,7 +1,10 @@
 //! What a socket has beside its open file description.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
 use std::net::SocketAddr;
+use std::ops::Deref;
 
 /// A socket option as `getsockopt(2)` returned it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,8 +14,65 @@ pub struct SocketOption {
     /// Option name.
     pub name: i32,
     /// Value, verbatim.
-    #[serde(with = "serde_bytes")]
-    pub value: Vec<u8>,
+    pub value: OptionValue,
+}
+
+/// The value of a socket option. There are some fifty of each socket, so none of them is in an allocation of its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct OptionValue {
+    length: u8,
+    /// The rest is zero.
+    bytes: [u8; Self::LONGEST],
+}
+
+impl OptionValue {
+    /// Most bytes of a value. `IFNAMSIZ` and `TCP_CA_NAME_MAX` are as large.
+    pub const LONGEST: usize = 16;
+
+    /// The value with these bytes; `None` if there are too many.
+    pub fn new(value: &[u8]) -> Option<Self> {
+        let mut bytes = [0; Self::LONGEST];
+        bytes.get_mut(..value.len())?.copy_from_slice(value);
+        Some(Self { length: value.len() as u8, bytes })
+    }
+}
+
+impl Deref for OptionValue {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+}
+
+impl fmt::Debug for OptionValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&**self, f)
+    }
+}
+
+impl Serialize for OptionValue {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for OptionValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bytes;
+        impl Visitor<'_> for Bytes {
+            type Value = OptionValue;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "at most {} bytes", OptionValue::LONGEST)
+            }
+
+            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<OptionValue, E> {
+                OptionValue::new(bytes).ok_or_else(|| E::invalid_length(bytes.len(), &self))
+            }
+        }
+        deserializer.deserialize_bytes(Bytes)
+    }
 }
 
 /// Whom a unix-domain socket is connected to.
@@ -120,4 +180,21 @@ pub struct TcpConnection {
     pub sack: bool,
     /// `TCP_TIMESTAMP`, if timestamps were negotiated.
     pub timestamp: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_that_is_too_long_is_refused() {
+        let longest = [7; OptionValue::LONGEST];
+        let value = OptionValue::new(&longest).unwrap();
+        let encoded = postcard::to_allocvec(&value).unwrap();
+        assert_eq!(encoded, [&[16][..], &longest].concat());
+        assert_eq!(postcard::from_bytes::<OptionValue>(&encoded).unwrap(), value);
+        assert_eq!(OptionValue::new(&[7; OptionValue::LONGEST + 1]), None);
+        let too_long = [&[17][..], &[7; OptionValue::LONGEST + 1]].concat();
+        postcard::from_bytes::<OptionValue>(&too_long).unwrap_err();
+    }
 }

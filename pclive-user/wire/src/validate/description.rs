@@ -2,16 +2,14 @@
 
 use super::{Fault, Item, Place, Result};
 use crate::manifest::{
-    Description, DescriptionId, DescriptionKind, EpollTarget, Manifest, SocketOption, TcpConnection,
-    TcpSocket, TcpState, UnixPeer, UnixSocket,
+    Description, DescriptionId, DescriptionKind, EpollTarget, Manifest, TcpConnection, TcpSocket, TcpState,
+    UnixPeer, UnixSocket,
 };
 use crate::units::NsPid;
 use std::collections::{HashMap, HashSet};
 
 /// `sizeof(sun_path)`.
 const MAX_UNIX_ADDRESS: usize = 108;
-/// No option that pclive moves is larger; a classic packet filter of 4096 instructions would be.
-const MAX_OPTION_VALUE: usize = 4096;
 /// `TCP_MAX_WSCALE` (RFC 7323).
 const MAX_WINDOW_SCALE: u8 = 14;
 
@@ -122,7 +120,7 @@ fn check_unix(at: Place, socket: &UnixSocket, references: &References) -> Result
         UnixPeer::Socket(peer) => references.unix.contains(&peer),
     };
     at.ensure(peer, Fault::Dangling(Item::SocketPeer))?;
-    check_options(at, &socket.options)
+    Ok(())
 }
 
 /// Socket types of x86-64 (`linux/net.h`); this crate does without libc.
@@ -135,7 +133,6 @@ mod libc_types {
 fn check_tcp(at: Place, socket: &TcpSocket) -> Result {
     let family = socket.local.is_none_or(|local| local.is_ipv6() == socket.ipv6);
     at.ensure(family, Fault::Family)?;
-    check_options(at, &socket.options)?;
     match &socket.state {
         TcpState::Closed | TcpState::Dead => Ok(()),
         TcpState::Listen { .. } => at.ensure(socket.local.is_some(), Fault::Family),
@@ -152,9 +149,4 @@ fn check_connection(at: Place, connection: &TcpConnection) -> Result {
     at.ensure((1..=65535).contains(&connection.mss), Fault::Range(Item::SegmentSize))?;
     let scale = connection.window_scale.is_none_or(|(a, b)| a.max(b) <= MAX_WINDOW_SCALE);
     at.ensure(scale, Fault::Range(Item::WindowScale))
-}
-
-fn check_options(at: Place, options: &[SocketOption]) -> Result {
-    let good = options.iter().all(|option| option.value.len() <= MAX_OPTION_VALUE);
-    at.ensure(good, Fault::Size(Item::SocketOptionValue))
 }

@@ -121,7 +121,6 @@ pub enum Item {
     SocketType,
     SocketPeer,
     Shutdown,
-    SocketOptionValue,
     Unsent,
     WindowScale,
     SegmentSize,

@@ -304,9 +304,9 @@ fn a_closed_connection_with_something_left_to_deliver_is_waited_for() {
 #[test]
 fn options_that_nobody_asked_for_are_refused() {
     let lab = Lab::new();
-    let attach_filter =
-        SocketOption { level: libc::SOL_SOCKET, name: libc::SO_ATTACH_FILTER, value: vec![0; 16] };
-    let too_long = SocketOption { level: libc::IPPROTO_TCP, name: libc::TCP_NODELAY, value: vec![0; 64] };
+    let value = OptionValue::new(&[0; 16]).unwrap();
+    let attach_filter = SocketOption { level: libc::SOL_SOCKET, name: libc::SO_ATTACH_FILTER, value };
+    let too_long = SocketOption { level: libc::IPPROTO_TCP, name: libc::TCP_NODELAY, value };
     for option in [attach_filter, too_long] {
         let options = vec![option];
         let socket = TcpSocket { ipv6: false, local: None, state: TcpState::Closed, owner: 0, options };
