@@ -38,13 +38,14 @@ mod unix;
 
 use crate::capture::sockets::options::{self, Family, Known, When};
 use inject::Injector;
-use live::LiveConnections;
+use live::{LiveConnections, Waiting};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use pclive_sys::namespace::{NamespaceError, run_in_netns};
 use pclive_sys::sockopt;
 use pclive_wire::manifest::{
-    Description, DescriptionId, DescriptionKind, OptionValue, SocketOption, TcpSocket, TcpState,
+    Description, DescriptionId, DescriptionKind, OptionValue, SocketOption, TcpConnection, TcpSocket,
+    TcpState,
 };
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -113,7 +114,7 @@ impl Name<'_> {
 #[derive(Debug)]
 pub struct RestoredSockets {
     sockets: HashMap<DescriptionId, OwnedFd>,
-    connections: Vec<(DescriptionId, live::Waiting)>,
+    connections: Vec<(DescriptionId, Waiting)>,
     injector: Option<Injector>,
 }
 
@@ -157,7 +158,7 @@ impl RestoredSockets {
 
     fn make_connections(
         &mut self,
-        mut connections: Vec<(DescriptionId, &TcpSocket, &pclive_wire::manifest::TcpConnection)>,
+        mut connections: Vec<Connection<'_>>,
         defaults: &mut Defaults,
     ) -> Result<(), RestoreError> {
         if connections.is_empty() {
@@ -166,13 +167,23 @@ impl RestoredSockets {
         let injector = Injector::open();
         self.injector =
             Some(injector.map_err(|source| RestoreError::Network { call: "socket SOCK_RAW", source })?);
-        // Those that take the same route one after another, so that it seldom changes.
-        connections.sort_by_key(|(_, _, connection)| route::Metrics::of(connection));
+        for ipv6 in [false, true] {
+            if let Some((_, socket, _)) = connections.iter().find(|(_, socket, _)| socket.ipv6 == ipv6) {
+                tcp::learn_defaults(socket, defaults)?;
+            }
+        }
+        let metrics = |(_, _, connection): &Connection<'_>| route::Metrics::of(connection);
+        connections.sort_by_key(metrics);
         let mut routes = route::Borrowed::new()?;
-        for (id, socket, connection) in connections {
-            let (fd, waiting) = tcp::connect(socket, connection, &mut routes, defaults)?;
-            self.sockets.insert(id, fd);
-            self.connections.push((id, waiting));
+        for group in connections.chunk_by(|a, b| metrics(a) == metrics(b)) {
+            routes.lend(metrics(&group[0]))?;
+            let connect =
+                |(_, socket, connection): &Connection<'_>| tcp::connect(socket, connection, defaults);
+            for ((id, ..), made) in group.iter().zip(side_by_side(group, connect)) {
+                let (fd, waiting) = made?;
+                self.sockets.insert(*id, fd);
+                self.connections.push((*id, waiting));
+            }
         }
         routes.give_back()
     }
@@ -191,18 +202,21 @@ impl RestoredSockets {
     /// Returns the failures. A thread goes on attending to connections that get no answer.
     pub fn go_live(mut self) -> Vec<RestoreError> {
         let Some(injector) = self.injector else { return Vec::new() };
-        let mut failed = Vec::new();
-        let mut connections = Vec::new();
-        for (id, waiting) in self.connections {
-            let Some(fd) = self.sockets.remove(&id) else { continue };
-            failed.extend(waiting.resend(fd.as_fd(), &injector).err());
-            connections.push((fd, waiting));
-        }
-        failed.extend(connections.iter().filter_map(|(fd, waiting)| waiting.settle(fd.as_fd()).err()));
+        let sockets = &mut self.sockets;
+        let with_socket = |(id, waiting)| Some((sockets.remove(&id)?, waiting));
+        let connections: Vec<_> = self.connections.into_iter().filter_map(with_socket).collect();
+        let resend = |(fd, waiting): &(OwnedFd, Waiting)| waiting.resend(fd.as_fd(), &injector);
+        let settle = |(fd, waiting): &(OwnedFd, Waiting)| waiting.settle(fd.as_fd());
+        let mut done = side_by_side(&connections, resend);
+        done.extend(side_by_side(&connections, settle));
+        let failed = done.into_iter().filter_map(Result::err).collect();
         LiveConnections { connections, injector }.attend_in_background();
         failed
     }
 }
+
+/// A connection of the manifest.
+type Connection<'a> = (DescriptionId, &'a TcpSocket, &'a TcpConnection);
 
 /// Option values that new sockets have in this network namespace: for each family in the order of its table.
 #[derive(Debug, Default)]
@@ -212,24 +226,24 @@ struct Defaults(HashMap<Family, Vec<Option<OptionValue>>>);
 type Differing = Vec<(&'static Known, OptionValue)>;
 
 impl Defaults {
-    /// The options that must be set, in the table's order: those that differ from what a new socket has.
-    ///
-    /// `fresh` is a new socket.
+    /// Learns those of a family, if they are not known, from a `fresh` socket.
+    fn learn(&mut self, family: Family, fresh: BorrowedFd<'_>, name: &Name<'_>) -> Result<(), RestoreError> {
+        if let Entry::Vacant(entry) = self.0.entry(family) {
+            let read = |known: &Known| name.call(known.label, known.get(fresh));
+            entry.insert(options::table(family, false).map(read).collect::<Result<_, _>>()?);
+        }
+        Ok(())
+    }
+
+    /// The options that must be set, in the table's order: those that differ from what a new socket of a family that was
+    /// learned has.
     fn differing(
-        &mut self,
-        fresh: BorrowedFd<'_>,
+        &self,
         family: Family,
         connected: bool,
         options: &[SocketOption],
         name: &Name<'_>,
     ) -> Result<Differing, RestoreError> {
-        let defaults = match self.0.entry(family) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let read = |known: &Known| name.call(known.label, known.get(fresh));
-                entry.insert(options::table(family, false).map(read).collect::<Result<_, _>>()?)
-            }
-        };
         let mut wanted: Vec<&SocketOption> = options.iter().collect();
         wanted.sort_unstable_by_key(|option| (option.level, option.name));
         let find = |known: &Known| {
@@ -237,7 +251,7 @@ impl Defaults {
         };
         let mut differing = Vec::new();
         let mut found = 0;
-        for (known, default) in options::table(family, connected).zip(defaults) {
+        for (known, default) in options::table(family, connected).zip(&self.0[&family]) {
             let Some(option) = find(known).map(|at| wanted[at]) else { continue };
             found += 1;
             if !known.takes(&option.value) {
@@ -259,6 +273,23 @@ impl Defaults {
         }
         Ok(differing)
     }
+}
+
+/// Does the same `work` with all `items`, many of them on several threads, which are in the caller's network namespace.
+fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    /// As many connections take as long as it takes to start a thread.
+    const FEW: usize = 64;
+    let most = items.len() / FEW;
+    if most < 2 {
+        return items.iter().map(work).collect();
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(most);
+    std::thread::scope(|scope| {
+        let work = |part: &'_ [T]| part.iter().map(&work).collect::<Vec<R>>();
+        let parts = items.chunks(items.len().div_ceil(threads));
+        let running: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
+        running.into_iter().flat_map(|part| part.join().expect("no connection panics")).collect()
+    })
 }
 
 fn refused(option: &SocketOption, name: &Name<'_>) -> RestoreError {

@@ -1,7 +1,6 @@
 //! TCP sockets: listeners, closed ones, and connections.
 
 use super::live::{PROBE, Waiting, no_delay, reuse_address};
-use super::route::{self, Metrics};
 use super::{Buffers, Defaults, Name, RestoreError, new_socket, set_options};
 use crate::capture::sockets::options::{Family, When, find_int};
 use nix::errno::Errno;
@@ -29,7 +28,8 @@ pub(super) fn unconnected(socket: &TcpSocket, defaults: &mut Defaults) -> Result
     let name = Name(&label);
     let (address_family, family) = family(socket);
     let fd = new_socket(address_family, SockType::Stream, socket.owner, &name)?;
-    let options = defaults.differing(fd.as_fd(), family, false, &socket.options, &name)?;
+    defaults.learn(family, fd.as_fd(), &name)?;
+    let options = defaults.differing(family, false, &socket.options, &name)?;
     set_options(fd.as_fd(), &options, When::Birth, &name)?;
     // A container that comes back finds connections of its earlier stay here in TIME_WAIT: they must not keep the port.
     reuse_address(fd.as_fd(), true, &name)?;
@@ -81,12 +81,19 @@ impl<'a> Transparent<'a> {
     }
 }
 
-/// Makes a connection, which stays in repair mode.
+/// Learns what a new socket of the same family has.
+pub(super) fn learn_defaults(socket: &TcpSocket, defaults: &mut Defaults) -> Result<(), RestoreError> {
+    let (address_family, family) = family(socket);
+    let name = Name(&"a new TCP socket");
+    let fresh = new_socket(address_family, SockType::Stream, socket.owner, &name)?;
+    defaults.learn(family, fresh.as_fd(), &name)
+}
+
+/// Makes a connection, which stays in repair mode. Its route has been lent, and the defaults of its family are known.
 pub(super) fn connect(
     socket: &TcpSocket,
     connection: &TcpConnection,
-    routes: &mut route::Borrowed,
-    defaults: &mut Defaults,
+    defaults: &Defaults,
 ) -> Result<(OwnedFd, Waiting), RestoreError> {
     let Some(local) = socket.local else {
         let label = format!("the TCP connection with {}", connection.remote);
@@ -98,11 +105,10 @@ pub(super) fn connect(
     {
         return Err(name.contradiction("its parts do not fit each other"));
     }
-    routes.lend(Metrics::of(connection))?;
 
     let (address_family, family) = family(socket);
     let fd = new_socket(address_family, SockType::Stream, socket.owner, &name)?;
-    let options = defaults.differing(fd.as_fd(), family, true, &socket.options, &name)?;
+    let options = defaults.differing(family, true, &socket.options, &name)?;
     set_options(fd.as_fd(), &options, When::Birth, &name)?;
     let buffers = Buffers::of(&socket.options);
     buffers.set(fd.as_fd(), 0, 0, &name)?;

@@ -275,7 +275,8 @@ fn finish(
             }
         }
     }
-    let options = defaults.differing(fd, Family::Unix, true, &socket.options, name)?;
+    defaults.learn(Family::Unix, fd, name)?;
+    let options = defaults.differing(Family::Unix, true, &socket.options, name)?;
     Buffers::of(&socket.options).settle(fd, name)?;
     for when in [When::Birth, When::Connected, When::Live] {
         set_options(fd, &options, when, name)?;
