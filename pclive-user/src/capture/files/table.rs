@@ -17,6 +17,7 @@ use nix::unistd::read;
 use pclive_sys::pidfd::pidfd_getfd;
 use pclive_wire::{HostPid, NsPid};
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
@@ -71,12 +72,14 @@ impl OpenFd {
 pub(super) struct TableReader {
     access: Access,
     buffer: Vec<u8>,
+    /// Sockets that there is a duplicate of: many processes may have inherited the same ones.
+    duplicated: HashSet<u64>,
 }
 
 impl TableReader {
     pub fn new(access: Access) -> Self {
         // An fdinfo file is a few hundred bytes, unless it lists an epoll set.
-        Self { access, buffer: vec![0; 4096] }
+        Self { access, buffer: vec![0; 4096], duplicated: HashSet::new() }
     }
 
     /// All descriptors of a process, by number. While the container runs, those that are closed meanwhile are left out,
@@ -112,7 +115,7 @@ impl TableReader {
         let mut table = Vec::with_capacity(numbers.len());
         for (fd, cloexec) in numbers {
             let slot = Slot { process: index, pid: process.pid, ns_pid: process.ns_pid, fd };
-            let socket = cloexec.map(|cloexec| socket(slot, process, cloexec)).transpose()?.flatten();
+            let socket = cloexec.map(|cloexec| self.socket(slot, process, cloexec)).transpose()?.flatten();
             match socket.map_or_else(|| self.read_one(&links, &infos, slot), Ok) {
                 Ok(open_fd) => table.push(open_fd),
                 Err(FileError::Call { errno: Errno::ENOENT, .. }) if self.access == Access::Survey => {}
@@ -120,6 +123,29 @@ impl TableReader {
             }
         }
         Ok(table)
+    }
+
+    /// The descriptor, if it is one of a socket; `cloexec` is its `FD_CLOEXEC`.
+    fn socket(
+        &mut self,
+        slot: Slot,
+        process: &SourceProcess,
+        cloexec: bool,
+    ) -> Result<Option<OpenFd>, FileError> {
+        let duplicate = slot.duplicate(process)?;
+        let stat = fstat(&duplicate).map_err(FileError::call("fstat", &slot))?;
+        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
+            return Ok(None);
+        }
+        let flags = fcntl(&duplicate, FcntlArg::F_GETFL).map_err(FileError::call("fcntl(F_GETFL)", &slot))?;
+        // The name of a socket in a file system, not a socket.
+        if flags & libc::O_PATH != 0 {
+            return Ok(None);
+        }
+        let flags = flags | if cloexec { libc::O_CLOEXEC } else { 0 };
+        let (link, info) = (super::socket::link(stat.st_ino), FdInfo::of_socket(flags as u32));
+        let duplicate = RefCell::new(self.duplicated.insert(stat.st_ino).then_some(duplicate));
+        Ok(Some(OpenFd { slot, link, info, duplicate }))
     }
 
     fn read_one(&mut self, links: &OwnedFd, infos: &OwnedFd, slot: Slot) -> Result<OpenFd, FileError> {
@@ -144,23 +170,6 @@ impl TableReader {
             self.buffer.resize(2 * length, 0);
         }
     }
-}
-
-/// The descriptor, if it is one of a socket; `cloexec` is its `FD_CLOEXEC`.
-fn socket(slot: Slot, process: &SourceProcess, cloexec: bool) -> Result<Option<OpenFd>, FileError> {
-    let duplicate = slot.duplicate(process)?;
-    let stat = fstat(&duplicate).map_err(FileError::call("fstat", &slot))?;
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
-        return Ok(None);
-    }
-    let flags = fcntl(&duplicate, FcntlArg::F_GETFL).map_err(FileError::call("fcntl(F_GETFL)", &slot))?;
-    // The name of a socket in a file system, not a socket.
-    if flags & libc::O_PATH != 0 {
-        return Ok(None);
-    }
-    let flags = flags | if cloexec { libc::O_CLOEXEC } else { 0 };
-    let (link, info) = (super::socket::link(stat.st_ino), FdInfo::of_socket(flags as u32));
-    Ok(Some(OpenFd { slot, link, info, duplicate: RefCell::new(Some(duplicate)) }))
 }
 
 /// What `/proc/PID/fd/FD` points to now; `None` if the descriptor is closed.

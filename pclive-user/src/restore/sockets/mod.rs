@@ -275,20 +275,26 @@ impl Defaults {
     }
 }
 
-/// Does the same `work` with all `items`, many of them on several threads, which are in the caller's network namespace.
+/// Does the same `work` with all `items`: with many of them on several threads, which are in the caller's network namespace.
 fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    /// As many connections take as long as it takes to start a thread.
+    /// So many connections take some 2 ms. For a thread to come to run beside another takes up to half a millisecond.
     const FEW: usize = 64;
     let most = items.len() / FEW;
     if most < 2 {
         return items.iter().map(work).collect();
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(most);
+    let work = |part: &[T]| part.iter().map(&work).collect::<Vec<R>>();
     std::thread::scope(|scope| {
-        let work = |part: &'_ [T]| part.iter().map(&work).collect::<Vec<R>>();
-        let parts = items.chunks(items.len().div_ceil(threads));
-        let running: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
-        running.into_iter().flat_map(|part| part.join().expect("no connection panics")).collect()
+        let start = |part| (part, std::thread::Builder::new().spawn_scoped(scope, move || work(part)));
+        let started: Vec<_> = items.chunks(items.len().div_ceil(threads)).map(start).collect();
+        let finish = |(part, thread): (_, std::io::Result<std::thread::ScopedJoinHandle<'_, _>>)| match thread
+        {
+            Ok(thread) => thread.join().expect("no connection panics"),
+            // Where there may be no more threads: this one.
+            Err(_) => work(part),
+        };
+        started.into_iter().flat_map(finish).collect()
     })
 }
 
