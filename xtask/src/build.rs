@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use pclive_tests::Programs;
@@ -22,6 +22,14 @@ pub fn cargo<const N: usize>(args: [&str; N]) -> Command {
 /// When it cannot be started or fails.
 pub fn show(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("start {command:?}"))?;
+    succeeded(command, status)
+}
+
+/// Makes an error of the end of a command that failed.
+///
+/// # Errors
+/// When it failed.
+pub fn succeeded(command: &Command, status: ExitStatus) -> Result<()> {
     if !status.success() {
         bail!("{command:?}: {status}");
     }

@@ -2,12 +2,14 @@
 
 mod failures;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
-use crate::build::{build_programs, cargo, show};
+use crate::build::{build_programs, cargo, show, succeeded};
 use crate::setup::prepare;
 use failures::Failures;
 
@@ -37,20 +39,25 @@ pub fn test(options: &Options) -> Result<()> {
 
 /// Runs the tests, passes their output on, and says again at the end what failed.
 fn show_with_failures(command: &mut Command) -> Result<()> {
+    /// A program that a test has left behind may keep the output open for ever.
+    const REST: Duration = Duration::from_secs(5);
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("start {command:?}"))?;
-    let mut failures = Failures::default();
-    let mut output = std::io::stdout().lock();
-    for line in BufReader::new(child.stdout.take().context("no output")?).split(b'\n') {
-        let line = line.context("read the tests' output")?;
-        failures.line(&String::from_utf8_lossy(&line));
-        output.write_all(&[&line[..], b"\n"].concat())?;
-    }
+    let lines = BufReader::new(child.stdout.take().context("no output")?).split(b'\n');
+    let failures = Arc::new(Mutex::new(Failures::default()));
+    let (found, (ended, end)) = (failures.clone(), mpsc::channel::<()>());
+    std::thread::spawn(move || {
+        let _ended = ended;
+        for line in lines.map_while(Result::ok) {
+            found.lock().expect("no panic").line(&String::from_utf8_lossy(&line));
+            // The tests go on, even if nobody reads what they say.
+            let _ = std::io::stdout().write_all(&[&line[..], b"\n"].concat());
+        }
+    });
     let status = child.wait()?;
+    let _ = end.recv_timeout(REST);
+    let failures = failures.lock().expect("no panic");
     if !failures.is_empty() {
-        write!(output, "\n{failures}")?;
+        writeln!(std::io::stdout(), "\n{failures}")?;
     }
-    if !status.success() {
-        bail!("{command:?}: {status}");
-    }
-    Ok(())
+    succeeded(command, status)
 }

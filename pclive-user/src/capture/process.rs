@@ -20,8 +20,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Room for the scripts of capture, in bytes: some 340 threads answer at the same time. What they do not fill costs nothing;
-/// what they fill counts as memory of the container, which may be near its limit.
+/// Room for the scripts of capture, in bytes: for as many threads as answer at the same time. What they do not fill costs
+/// nothing; what they fill counts as memory of the container, which may be near its limit.
 const ARENA_SIZE: u64 = 256 * 1024;
 /// Highest signal number.
 const SIGNALS: usize = 64;
@@ -159,15 +159,15 @@ fn heap_end(vmas: &[Vma], start_brk: VirtAddr) -> VirtAddr {
     heap.map_or(start_brk, |vma| vma.range.end())
 }
 
-/// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table: of that the numbers
-/// are told. Nothing stays in the process, also on failure. `unbound` is what the kernel says of the processors of
+/// Adds to the `layout` of a stopped process everything that it lacks, apart from the descriptor table, of which it returns
+/// what the process says of its numbers, unless that were too dear to ask. Nothing stays in the process, also on failure. `unbound` is what the kernel says of the processors of
 /// threads that are bound to none. Of mappings whose flags `flags` tells the flags are those of now.
 pub fn capture_stopped(
     mut layout: Process,
     stopped: &StoppedProcess,
     unbound: &[CpuSet],
     mut flags: Option<&mut dyn FlagSource>,
-) -> Result<(Process, Vec<Descriptor>), ProcessError> {
+) -> Result<(Process, Option<Vec<Descriptor>>), ProcessError> {
     let (memory, footing) = footing_of(stopped, vdso(&layout.vmas))?;
     if let Some(flags) = &mut flags {
         let starts: Vec<VirtAddr> = layout.vmas.iter().map(|vma| vma.range.start).collect();
@@ -225,7 +225,8 @@ struct Asked {
     of_process: Questions,
     of_thread: threads::Questions,
     answers: Vec<Outcome>,
-    descriptors: Vec<Descriptor>,
+    /// None if that was too dear to ask.
+    descriptors: Option<Vec<Descriptor>>,
 }
 
 impl Asked {
@@ -243,16 +244,22 @@ impl Asked {
         // What the program behind a `FlagSource` answers at.
         let args = wait_for_itself(stopped.leader()).map(Arg::from);
         leader.call_expecting("wait4", libc::SYS_wait4, args, Expect::Any);
-        let mut batches = descriptors::Questions::batches(stopped.pid)?.into_iter();
-        let first = descriptors::Questions::ask(&mut leader, &batches.next().unwrap_or_default());
+        let batches = match borrowed_leader.is_followed() {
+            true => None,
+            false => Some(descriptors::batches(stopped.pid)?),
+        };
+        let mut batches_ahead = batches.iter().flatten();
+        let first = batches_ahead.next().map(|batch| descriptors::Questions::ask(&mut leader, batch));
         let members: Vec<_> = stopped.members().map(|member| (&member.tracee, &thread)).collect();
         let answers = run_all(arena, (borrowed_leader, &leader), &members)?;
-        let mut descriptors: Vec<Descriptor> = first.descriptors(&answers[0]).collect();
-        for batch in batches {
+        let mut told: Vec<Descriptor> =
+            first.iter().flat_map(|first| first.descriptors(&answers[0])).collect();
+        for batch in batches_ahead {
             let mut script = Script::new();
-            let questions = descriptors::Questions::ask(&mut script, &batch);
-            descriptors.extend(questions.descriptors(&borrowed_leader.run(arena, &script)?));
+            let questions = descriptors::Questions::ask(&mut script, batch);
+            told.extend(questions.descriptors(&borrowed_leader.run(arena, &script)?));
         }
+        let descriptors = batches.is_some().then_some(told);
         Ok(Self { timers, of_process, of_thread, answers, descriptors })
     }
 }

@@ -5,8 +5,8 @@
 //!                                                                └─▶ holders ──▶ tables of FdEntry
 //! ```
 //!
-//! A description is asked through a duplicate of one of its descriptors (`pidfd_getfd(2)`), which is closed again at
-//! once: only those of TCP connections are kept, because they are to be silenced when the source's copy goes.
+//! A description is asked through a duplicate of one of its descriptors (`pidfd_getfd(2)`), which is closed again then:
+//! only those of TCP connections are kept, because they are to be silenced when the source's copy goes.
 //!
 //! The same code surveys the running container. There a descriptor may be closed, or its number used again, between any
 //! two calls; what fails for a descriptor that changed meanwhile is left out.
@@ -70,8 +70,8 @@ pub enum Look {
     Frozen {
         /// See [`SocketCapture::begin`].
         codicil: Option<Codicil>,
-        /// The descriptors of each process, if they are known already.
-        descriptors: Option<Vec<Vec<Descriptor>>>,
+        /// What each process, in their order, has said of its descriptors, if it has.
+        descriptors: Vec<Option<Vec<Descriptor>>>,
     },
 }
 
@@ -89,13 +89,13 @@ pub fn capture_files(
     obstacles: &mut Obstacles,
 ) -> Result<CapturedFiles, FileError> {
     let (access, codicil, descriptors) = match look {
-        Look::Survey => (Access::Survey, None, None),
+        Look::Survey => (Access::Survey, None, Vec::new()),
         Look::Frozen { codicil, descriptors } => (Access::Frozen, codicil, descriptors),
     };
     let mut reader = TableReader::new(access);
     let mut open = Vec::new();
     for (index, process) in processes.iter().enumerate() {
-        let known = descriptors.as_ref().map(|descriptors| descriptors[index].as_slice());
+        let known = descriptors.get(index).and_then(Option::as_deref);
         open.extend(reader.read(index, process, known)?);
     }
     let found = identity::group(open, access)?;

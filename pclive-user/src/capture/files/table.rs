@@ -1,8 +1,8 @@
 //! Reads descriptor tables: `/proc/PID/fd` and `/proc/PID/fdinfo`.
 //!
 //! Four system calls for each descriptor (readlink, open, read, close), some 12 µs: this runs within the blackout. Of sockets,
-//! of which there may be thousands, a duplicate tells all that matters, if the process has said itself which of its
-//! descriptors are closed by `execve(2)`: three calls, 2 µs. That a socket is locked (`flock(2)` works on any file) only
+//! of which there may be thousands, a duplicate tells all that matters, if the process has said itself what its
+//! descriptors are: three calls, 2 µs. That a socket is locked (`flock(2)` works on any file) only
 //! fdinfo says: so it is seen in a survey, and not behind it.
 
 use super::error::FileError;
@@ -12,7 +12,7 @@ use crate::capture::tree::has_ended;
 use crate::capture::{Access, SourceProcess, proc};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open, openat, readlinkat};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::{Mode, fstat};
 use nix::unistd::read;
 use pclive_sys::pidfd::pidfd_getfd;
 use pclive_wire::{HostPid, NsPid};
@@ -108,15 +108,19 @@ impl TableReader {
             open(path.as_str(), flags, Mode::empty()).map_err(FileError::call("open", &path))
         };
         let (links, infos) = (directory("fd")?, directory("fdinfo")?);
-        let numbers = match known {
-            Some(known) => known.iter().map(|known| (known.fd, Some(known.cloexec))).collect(),
-            None => proc::descriptors(process.pid)?.into_iter().map(|fd| (fd, None)).collect::<Vec<_>>(),
+        let unknown = |fd| Descriptor { fd, cloexec: false, is_socket: false };
+        let descriptors = match known {
+            Some(known) => known.to_vec(),
+            None => proc::descriptors(process.pid)?.into_iter().map(unknown).collect(),
         };
-        let mut table = Vec::with_capacity(numbers.len());
-        for (fd, cloexec) in numbers {
+        let mut table = Vec::with_capacity(descriptors.len());
+        for Descriptor { fd, cloexec, is_socket } in descriptors {
             let slot = Slot { process: index, pid: process.pid, ns_pid: process.ns_pid, fd };
-            let socket = cloexec.map(|cloexec| self.socket(slot, process, cloexec)).transpose()?.flatten();
-            match socket.map_or_else(|| self.read_one(&links, &infos, slot), Ok) {
+            let read = match is_socket {
+                true => self.socket(slot, process, cloexec),
+                false => self.read_one(&links, &infos, slot),
+            };
+            match read {
                 Ok(open_fd) => table.push(open_fd),
                 Err(FileError::Call { errno: Errno::ENOENT, .. }) if self.access == Access::Survey => {}
                 Err(error) => return Err(error),
@@ -125,27 +129,15 @@ impl TableReader {
         Ok(table)
     }
 
-    /// The descriptor, if it is one of a socket; `cloexec` is its `FD_CLOEXEC`.
-    fn socket(
-        &mut self,
-        slot: Slot,
-        process: &SourceProcess,
-        cloexec: bool,
-    ) -> Result<Option<OpenFd>, FileError> {
+    /// A descriptor of a socket, of which procfs need not be asked; `cloexec` is its `FD_CLOEXEC`.
+    fn socket(&mut self, slot: Slot, process: &SourceProcess, cloexec: bool) -> Result<OpenFd, FileError> {
         let duplicate = slot.duplicate(process)?;
         let stat = fstat(&duplicate).map_err(FileError::call("fstat", &slot))?;
-        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
-            return Ok(None);
-        }
         let flags = fcntl(&duplicate, FcntlArg::F_GETFL).map_err(FileError::call("fcntl(F_GETFL)", &slot))?;
-        // The name of a socket in a file system, not a socket.
-        if flags & libc::O_PATH != 0 {
-            return Ok(None);
-        }
         let flags = flags | if cloexec { libc::O_CLOEXEC } else { 0 };
         let (link, info) = (super::socket::link(stat.st_ino), FdInfo::of_socket(flags as u32));
         let duplicate = RefCell::new(self.duplicated.insert(stat.st_ino).then_some(duplicate));
-        Ok(Some(OpenFd { slot, link, info, duplicate }))
+        Ok(OpenFd { slot, link, info, duplicate })
     }
 
     fn read_one(&mut self, links: &OwnedFd, infos: &OwnedFd, slot: Slot) -> Result<OpenFd, FileError> {

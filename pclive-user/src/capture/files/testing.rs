@@ -89,7 +89,7 @@ impl Holder {
     pub fn capture(&self, access: Access) -> (CapturedFiles, Vec<Obstacle>) {
         self.look(match access {
             Access::Survey => Look::Survey,
-            Access::Frozen => Look::Frozen { codicil: None, descriptors: None },
+            Access::Frozen => Look::Frozen { codicil: None, descriptors: Vec::new() },
         })
     }
 
@@ -102,7 +102,8 @@ impl Holder {
         let read = || Ok(VmaReader::new(process.pid).read()?.to_vec());
         let layout = capture_layout(process, NsPid(0), threads, 0, read).unwrap();
         let (_, descriptors) = capture_stopped(layout, &stopped, &[], None).unwrap();
-        let found = self.look(Look::Frozen { codicil: None, descriptors: Some(vec![descriptors]) });
+        assert!(descriptors.is_some(), "it has said nothing");
+        let found = self.look(Look::Frozen { codicil: None, descriptors: vec![descriptors] });
         stopped.resume().unwrap();
         found
     }

@@ -251,6 +251,9 @@ mod tests {
         for family in [Family::Unix, Family::Tcp4, Family::Tcp6] {
             let mut seen = std::collections::HashSet::new();
             assert!(table(family, false).all(|known| seen.insert((known.level, known.name))));
+            // Restore learns of all what a new socket has, and compares by the place in the table.
+            let both = table(family, true).zip(table(family, false));
+            assert!(both.into_iter().all(|(connected, any)| std::ptr::eq(connected, any)));
         }
     }
 }

@@ -347,14 +347,14 @@ impl Container {
         Ok(round)
     }
 
-    /// Adds to the layout of a process whose threads are stopped all other state but its descriptor table, of which it
-    /// returns the numbers.
+    /// Adds to the layout of a process whose threads are stopped all other state but its descriptor table; see
+    /// [`capture_stopped`].
     pub fn capture(
         &mut self,
         layout: Process,
         stopped: &StoppedProcess,
         unbound: &[CpuSet],
-    ) -> Result<(Process, Vec<Descriptor>), ContainerError> {
+    ) -> Result<(Process, Option<Vec<Descriptor>>), ContainerError> {
         let flags = self.asking.source.as_deref_mut().map(|flags| flags as &mut dyn FlagSource);
         capture_stopped(layout, stopped, unbound, flags)
             .map_err(|source| ContainerError::Process { pid: stopped.pid, source })

@@ -235,7 +235,7 @@ fn capture(
     links.take_down()?;
     clock.enter("capture files");
     let mut obstacles = Obstacles::default();
-    let frozen = Look::Frozen { codicil: Some(links.codicil()?), descriptors: Some(descriptors) };
+    let frozen = Look::Frozen { codicil: Some(links.codicil()?), descriptors };
     let files = capture_files(container.processes(), container.env(), frozen, &mut obstacles)?;
     match obstacles.is_empty() {
         true => Ok((processes, files)),

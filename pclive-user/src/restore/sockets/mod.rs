@@ -173,6 +173,7 @@ impl RestoredSockets {
             }
         }
         let metrics = |(_, _, connection): &Connection<'_>| route::Metrics::of(connection);
+        // Those that take the same route one after another, so that it seldom changes.
         connections.sort_by_key(metrics);
         let mut routes = route::Borrowed::new()?;
         for group in connections.chunk_by(|a, b| metrics(a) == metrics(b)) {
@@ -280,10 +281,11 @@ fn side_by_side<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) ->
     /// So many connections take some 2 ms. For a thread to come to run beside another takes up to half a millisecond.
     const FEW: usize = 64;
     let most = items.len() / FEW;
-    if most < 2 {
+    let threads =
+        if most < 2 { 1 } else { std::thread::available_parallelism().map_or(1, usize::from).min(most) };
+    if threads < 2 {
         return items.iter().map(work).collect();
     }
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(most);
     let work = |part: &[T]| part.iter().map(&work).collect::<Vec<R>>();
     std::thread::scope(|scope| {
         let start = |part| (part, std::thread::Builder::new().spawn_scoped(scope, move || work(part)));

@@ -261,6 +261,11 @@ impl<'t> Borrowed<'t> {
         self.tracee.set_registers(&self.registers_at(rip))
     }
 
+    /// Whether its scripts are followed call by call: then each call of them costs tens of microseconds.
+    pub fn is_followed(&self) -> bool {
+        matches!(self.ending, Ending::Followed)
+    }
+
     /// Makes one call in the thread, through two system-call stops. Returns what it returned, or the error.
     ///
     /// A single step (`PTRACE_SINGLESTEP`) would need one stop, but if pclive died afterwards the thread would go on stepping
