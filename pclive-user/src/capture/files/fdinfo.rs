@@ -33,7 +33,7 @@ impl FdInfo {
         })
     }
 
-    /// What there is to say of a socket, which has neither offset nor mount, with the given `flags`.
+    /// What matters of a socket with the given `flags`: nobody asks for its offset or its mount.
     pub fn of_socket(flags: u32) -> Self {
         Self { pos: 0, flags, mount: 0, locked: false, text: String::new() }
     }

@@ -2,8 +2,8 @@
 //!
 //! Four system calls for each descriptor (readlink, open, read, close), some 12 µs: this runs within the blackout. Of sockets,
 //! of which there may be thousands, a duplicate tells all that matters, if the process has said itself what its
-//! descriptors are: three calls, 2 µs. That a socket is locked (`flock(2)` works on any file) only
-//! fdinfo says: so it is seen in a survey, and not behind it.
+//! descriptors are: three calls, 2 µs. That a socket is locked (`flock(2)` works on any file) only fdinfo says: so it is seen
+//! in a survey, and not behind it.
 
 use super::error::FileError;
 use super::fdinfo::FdInfo;
@@ -53,9 +53,9 @@ impl fmt::Display for Slot {
 pub(super) struct OpenFd {
     /// Where it is.
     pub slot: Slot,
-    /// What `/proc/PID/fd/FD` points to.
+    /// What `/proc/PID/fd/FD` points to. Of a socket it may be made up from its inode.
     pub link: Vec<u8>,
-    /// What `/proc/PID/fdinfo/FD` says.
+    /// What `/proc/PID/fdinfo/FD` says. Of a socket it may be [`FdInfo::of_socket`].
     pub info: FdInfo,
     /// A duplicate, if there was need of one.
     pub duplicate: RefCell<Option<OwnedFd>>,
